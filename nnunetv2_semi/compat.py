@@ -1,0 +1,35 @@
+"""Whatever depends on how nnU-Net 2.8 is written inside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from unittest import mock
+
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+
+def plain_dataloaders(get_dataloaders: Callable[[], tuple]) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
+    """nnU-Net's training and validation loaders without the augmenters that draw from them unseeded.
+
+    With no worker processes nnU-Net wraps its loaders in an object that keeps them as ``data_loader``.
+    """
+    with mock.patch.dict(os.environ, {"nnUNet_n_proc_DA": "0"}):
+        training, validation = get_dataloaders()
+    return training.data_loader, validation.data_loader
+
+
+def training_transforms_without_target(trainer: nnUNetTrainer) -> Callable:
+    """nnU-Net's own training augmentation for images whose only "segmentation" is the outside mask."""
+    rotation, dummy_2d, _, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    return trainer.get_training_transforms(
+        trainer.configuration_manager.patch_size, rotation, None, mirror_axes, dummy_2d,
+        use_mask_for_norm=trainer.configuration_manager.use_mask_for_norm, is_cascaded=False,
+        foreground_labels=trainer.label_manager.foreground_labels, regions=None, ignore_label=None)
+
+
+def crossval_split(identifiers: list[str], num_folds: int) -> list[dict[str, list[str]]]:
+    """nnU-Net's own seeded split, with another number of folds."""
+    return generate_crossval_split(sorted(identifiers), seed=12345, n_splits=num_folds)

@@ -1,0 +1,146 @@
+"""Preprocessing of single unlabelled cases, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_semi.data.case_records import CaseRecords
+from nnunetv2_semi.data.identity import ImageContent
+from nnunetv2_semi.data.processes import results_in_parallel
+from nnunetv2_semi.errors import UserError
+
+_UNFINISHED_FOLDER = "unfinished"
+_LEFTOVERS_AFTER_SECONDS = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class PreprocessingJob:
+    """What a worker process needs to preprocess a case.
+
+    Attributes:
+        plans_manager: of the data set.
+        configuration_manager: of the configuration.
+        dataset_json: content of dataset.json.
+        preprocessor_class: None for the one that the configuration names.
+        folder: where finished cases go.
+    """
+
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict
+    preprocessor_class: type[DefaultPreprocessor] | None
+    folder: str
+
+
+def preprocess_missing(
+    job: PreprocessingJob,
+    cases: Mapping[str, list[str]],
+    contents: Mapping[str, ImageContent],
+    records: CaseRecords,
+    num_processes: int,
+    show_progress_bar: bool,
+    report: Callable[[str], None],
+) -> None:
+    """Preprocess those of `cases` (name to channel files) that are not done, and record each when its files are there.
+
+    Args:
+        job: what and where.
+        cases: readable cases only.
+        contents: of every channel file.
+        records: of the same folder.
+        num_processes: 1 works in the calling process.
+        show_progress_bar: one step per case.
+        report: receives one line if there is anything to do.
+
+    Raises:
+        UserError: nnU-Net does not find the preprocessor.
+        RuntimeError: names the cases that failed, after the others are done.
+    """
+    missing = [case for case, files in cases.items() if not records.is_done(case, [contents[f] for f in files])]
+    if not missing:
+        return
+    report(f"Preprocessing {len(missing)} of {len(cases)} unlabelled cases into {job.folder}")
+    if job.preprocessor_class is None and job.configuration_manager.preprocessor_class is None:
+        raise UserError(
+            f"The plans name the preprocessor {job.configuration_manager.preprocessor_name}, which nnU-Net does not "
+            f"find. Run `nnunetv2_semi doctor` to see whether the plug-in is visible to nnU-Net."
+        )
+    _remove_leftovers(job.folder)
+    for case in missing:
+        records.forget(case)
+    failures: list[str] = []
+    for (case, files), (outputs, failure) in results_in_parallel(
+        partial(_preprocess_case, job),
+        [(case, cases[case]) for case in missing],
+        num_processes=num_processes,
+        description="Preprocessing unlabelled cases",
+        show_progress_bar=show_progress_bar,
+    ):
+        if failure:
+            failures.append(f"{case} ({failure})")
+        else:
+            records.write(case, files, [contents[file] for file in files], outputs)
+    if failures:
+        raise RuntimeError(
+            f"Preprocessing failed for {len(failures)} unlabelled case(s): {'; '.join(sorted(failures))}"
+        )
+
+
+def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tuple[dict[str, int], str]:
+    """Write one case's files, each whole. Returns the size of each file by name, and the reason of a failure or ''."""
+    case, files = task
+    unfinished = os.path.join(job.folder, _UNFINISHED_FOLDER, uuid.uuid4().hex)
+    os.makedirs(unfinished)
+    try:
+        preprocessor_class = job.preprocessor_class or job.configuration_manager.preprocessor_class
+        preprocessor = preprocessor_class(verbose=False)
+        target = os.path.join(unfinished, case)
+        preprocessor.run_case_save(
+            target,
+            files,
+            None,
+            job.plans_manager,
+            job.configuration_manager,
+            job.dataset_json,  # type: ignore[arg-type]
+        )
+        _add_empty_class_locations(target + ".pkl")
+        outputs = {name: os.path.getsize(os.path.join(unfinished, name)) for name in sorted(os.listdir(unfinished))}
+        for name in outputs:
+            os.replace(os.path.join(unfinished, name), os.path.join(job.folder, name))
+        return outputs, ""
+    except MemoryError:
+        raise
+    except Exception as error:  # the other cases are still to be done
+        return {}, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _add_empty_class_locations(properties_file: str) -> None:
+    """nnU-Net's data loader reads this key of every case; without a label its preprocessor leaves it out."""
+    with open(properties_file, "rb") as file:
+        properties = pickle.load(file)
+    properties["class_locations"] = {}
+    with open(properties_file, "wb") as file:
+        pickle.dump(properties, file)
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Remove what killed runs left unfinished; what is younger may belong to a run on another node."""
+    unfinished = os.path.join(folder, _UNFINISHED_FOLDER)
+    if not os.path.isdir(unfinished):
+        return
+    for name in os.listdir(unfinished):
+        path = os.path.join(unfinished, name)
+        if os.path.isdir(path) and time.time() - os.path.getmtime(path) > _LEFTOVERS_AFTER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,232 @@
+"""Batches of patches: from unlabelled cases, repeatable, and made by processes that always end."""
+
+from __future__ import annotations
+
+import random
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from threadpoolctl import threadpool_limits
+from torch.utils.data import DataLoader, Dataset
+
+from nnunetv2_semi.data.processes import exit_with_parent
+
+Batch = dict[str, object]
+
+
+class UnlabelledPatchLoader(nnUNetDataLoader):
+    """nnU-Net's loader for cases without labels: patches at random positions, no target.
+
+    Args:
+        data: cases are opened when a patch of them is drawn, not before.
+        batch_size: patches per batch.
+        initial_patch_size: voxels, before augmentation; 2 entries take slices of 3D cases.
+        patch_size: voxels, after augmentation.
+        label_manager: of the data set.
+        transforms: nnU-Net's training transforms; None for none.
+        mask_needed: give the transforms the mask of the non-zero region (-1 outside) as segmentation.
+    """
+
+    def __init__(
+        self,
+        data: nnUNetBaseDataset,
+        batch_size: int,
+        initial_patch_size: Sequence[int],
+        patch_size: Sequence[int],
+        label_manager: LabelManager,
+        transforms: BasicTransform | None,
+        mask_needed: bool,
+    ) -> None:
+        super().__init__(data, batch_size, tuple(initial_patch_size), tuple(patch_size), label_manager)
+        self.transforms = transforms
+        self.mask_needed = mask_needed
+        # with an ignore label nnU-Net draws from annotated voxels only; here there are none
+        self.has_ignore = False
+
+    def generate_train_batch(self) -> Batch:
+        """Return {"data": float32 (B, C, *spatial), "keys": names of the B cases}."""
+        keys = [str(key) for key in self.get_indices()]
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            return {"data": torch.stack([self._patch(key) for key in keys]), "keys": keys}
+
+    def _patch(self, key: str) -> torch.Tensor:
+        image, mask, _, _ = self._data.load_case(key)
+        lower, upper = self.get_bbox(image.shape[1:], False, None)
+        box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
+        sample = {"image": torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()}
+        if self.mask_needed:
+            outside_value = -1
+            mask_patch = crop_and_pad_nd(mask, box, outside_value, cast_cropped_to=np.int16)
+            sample["segmentation"] = torch.from_numpy(mask_patch).to(torch.int16)
+        if self.patch_size_was_2d:
+            sample = {name: tensor[:, 0] for name, tensor in sample.items()}
+        if self.transforms is not None:
+            sample = self.transforms(**sample)
+        return sample["image"].float()
+
+
+def unlabelled_patch_loader(
+    dataset: nnUNetBaseDataset,
+    batch_size: int,
+    initial_patch_size: Sequence[int],
+    patch_size: Sequence[int],
+    label_manager: LabelManager,
+    transforms: BasicTransform | None,
+    mask_needed: bool,
+) -> nnUNetDataLoader:
+    """Loader of unlabelled patches; arguments and batches as in `UnlabelledPatchLoader`."""
+    return UnlabelledPatchLoader(
+        dataset, batch_size, initial_patch_size, patch_size, label_manager, transforms, mask_needed
+    )
+
+
+class SeededBatches(Dataset):
+    """Item i is {name: batch of that loader}, a function of (seed, stream, rank, name, i) and nothing else.
+
+    Neither the number of workers nor a restart nor the other loaders change a batch, so that two trainers with one seed
+    see the same labelled batches. The caller's random states (Python, numpy, torch on the CPU) are left as they were.
+
+    Args:
+        loaders: nnU-Net loaders by name. Blurring of their transforms is set to one algorithm: nnU-Net's takes the one
+            that was faster in a trial, and the two differ in the last digits.
+        seed: of the run, 0 or greater.
+        stream: name that keeps apart uses within a run ("training", "validation").
+        rank: of the process under DDP, 0 or greater.
+    """
+
+    def __init__(self, loaders: Mapping[str, nnUNetDataLoader], seed: int, stream: str = "", rank: int = 0) -> None:
+        self.loaders = dict(loaders)
+        self.seed = seed
+        self.stream = stream
+        self.rank = rank
+        self._order_dependent: list[ApplyRandomBinaryOperatorTransform] = []
+        for loader in self.loaders.values():
+            for transform in _all_transforms(loader.transforms):
+                if isinstance(transform, GaussianBlurTransform):
+                    transform.benchmark = False
+                elif isinstance(transform, ApplyRandomBinaryOperatorTransform):
+                    self._order_dependent.append(transform)
+
+    def __getitem__(self, index: int) -> dict[str, Batch]:
+        batches: dict[str, Batch] = {}
+        for name, loader in self.loaders.items():
+            for transform in self._order_dependent:
+                transform.channel_idx.sort()  # it shuffles this list in place
+            entropy = (self.seed, zlib.crc32(self.stream.encode()), self.rank, zlib.crc32(name.encode()), index)
+            with _seeded(np.random.SeedSequence(entropy)):
+                batches[name] = loader.generate_train_batch()
+        return batches
+
+
+class BatchStream(Iterator[dict[str, Batch]]):
+    """The items of `SeededBatches` in order, made ahead by worker processes.
+
+    Workers end on `close`, when the stream is garbage, when the interpreter exits and when the parent is killed. What a
+    worker raises is raised by `next`.
+
+    Args:
+        batches: what to iterate over.
+        start: index of the first item: the number of items consumed before an interruption.
+        length: index at which to stop; None for never.
+        num_workers: processes; 0 makes batches in the calling process.
+        pin_memory: copy batches to page-locked memory, for a GPU.
+        prefetch: batches made ahead by each worker.
+        start_method: "fork", "spawn" or "forkserver"; None for the system's default.
+    """
+
+    def __init__(
+        self,
+        batches: SeededBatches,
+        *,
+        start: int = 0,
+        length: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+        start_method: str | None = None,
+    ) -> None:
+        self._next_index = start
+        loader: DataLoader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(start, sys.maxsize if length is None else length),
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch if num_workers > 0 else None,
+            multiprocessing_context=start_method if num_workers > 0 else None,
+            worker_init_fn=_start_worker if num_workers > 0 else None,
+            # without one of its own the loader draws from the caller's random state
+            generator=torch.Generator(),
+        )
+        self._batches: Iterator[dict[str, Batch]] | None = iter(loader)
+
+    @property
+    def next_index(self) -> int:
+        """Index of the item that `next` gives: `start` of a stream that continues this one."""
+        return self._next_index
+
+    def __next__(self) -> dict[str, Batch]:
+        if self._batches is None:
+            raise RuntimeError("This stream of batches was closed.")
+        batch = next(self._batches)
+        self._next_index += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop the workers; may be called more than once."""
+        batches, self._batches = getattr(self, "_batches", None), None
+        # dropping the iterator is not enough while a traceback refers to it
+        stop_workers = getattr(batches, "_shutdown_workers", None)
+        if stop_workers is not None:
+            stop_workers()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@contextmanager
+def _seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
+    """Seed the global generators of python, numpy and torch (CPU) within the block; restore them after it."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = sequence.generate_state(12, np.uint32)
+    try:
+        random.seed(words[:4].tobytes())
+        np.random.seed(words[4:8])
+        # torch.manual_seed would seed the generators of all GPUs too
+        torch.default_generator.manual_seed(int(words[8]) << 32 | int(words[9]))
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def _all_transforms(transform: BasicTransform | None) -> Iterator[BasicTransform]:
+    """The transform and all that it is composed of."""
+    if transform is None:
+        return
+    yield transform
+    for value in vars(transform).values():
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, BasicTransform):
+                yield from _all_transforms(part)
+
+
+def _unchanged(batch: dict[str, Batch]) -> dict[str, Batch]:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    exit_with_parent()

@@ -1,0 +1,229 @@
+"""Unlabelled cases, preprocessed as the labelled ones are, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
+from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
+from nnunetv2_semi.data.identity import (
+    HASHES_FILE,
+    ImageContent,
+    find_duplicates,
+    geometry_difference,
+    image_contents,
+)
+from nnunetv2_semi.data.raw_cases import (
+    LABELLED_FOLDER,
+    UNLABELLED_FOLDER,
+    check_labelled_images_have_labels,
+    check_names_are_unlabelled,
+    list_labelled_cases,
+    list_unlabelled_cases,
+    naming_rule,
+)
+from nnunetv2_semi.errors import UserError
+
+
+@dataclass(frozen=True)
+class UnlabelledCases:
+    """Preprocessed unlabelled cases that may be trained on.
+
+    Attributes:
+        folder: holds `<case>.b2nd`, `<case>_seg.b2nd` (-1 outside the image's non-zero region, else 0), `<case>.pkl`.
+        identifiers: case names, in alphabetical order. The folder may hold others that must not be used.
+        skipped: cases left out because they cannot be read.
+    """
+
+    folder: str
+    identifiers: list[str]
+    skipped: list[str] = field(default_factory=list)
+
+
+def unlabelled_folder(plans_manager: PlansManager, configuration_manager: ConfigurationManager) -> str:
+    """Folder of the configuration's preprocessed unlabelled cases, beside that of the labelled ones."""
+    return os.path.join(
+        nnUNet_preprocessed, plans_manager.dataset_name, configuration_manager.data_identifier + "_unlabeled"
+    )
+
+
+def check_case_names(
+    raw_dataset_folder: str, preprocessed_dataset_folder: str, dataset_json: dict
+) -> dict[str, list[str]]:
+    """All checks of a raw data set that need no image to be read. Returns the unlabelled cases (may be none).
+
+    Raises:
+        UserError: images in imagesTr without a label, wrongly named or incomplete unlabelled cases, or unlabelled cases
+            that are labelled as well (in imagesTr, or named in splits_final.json).
+    """
+    check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
+    unlabelled = list_unlabelled_cases(raw_dataset_folder, dataset_json)
+    check_names_are_unlabelled(unlabelled, list_labelled_cases(raw_dataset_folder, dataset_json), LABELLED_FOLDER)
+    _check_not_in_splits(unlabelled, preprocessed_dataset_folder)
+    return unlabelled
+
+
+def prepare_unlabelled(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict,
+    *,
+    num_processes: int,
+    skip_unreadable: bool = False,
+    report: Callable[[str], None] = print,
+    show_progress_bar: bool = True,
+    preprocessor_class: type[DefaultPreprocessor] | None = None,
+) -> UnlabelledCases:
+    """Preprocess what is new or changed in imagesUn, and return all unlabelled cases that may be trained on.
+
+    A case is done again if its raw images or those parts of the plans that it depends on changed, else not. Killed at
+    any moment, it continues where it was. Without raw data (a cluster node), finished cases are used as they are. To be
+    called by one process only.
+
+    Args:
+        plans_manager: names the data set.
+        configuration_manager: with the preprocessor, spacing and normalisation.
+        dataset_json: content of dataset.json.
+        num_processes: spawned for reading and preprocessing; 1 works in the calling process.
+        skip_unreadable: leave out unreadable cases with a warning instead of raising.
+        report: receives one line of text per fact worth knowing.
+        show_progress_bar: of reading and preprocessing.
+        preprocessor_class: instead of the one that the configuration names.
+
+    Raises:
+        UserError: no unlabelled case; the mistakes listed in `check_case_names`; an unlabelled image that is a labelled
+            case under another name; unreadable images (all in one message, after the others are done).
+    """
+    folder = unlabelled_folder(plans_manager, configuration_manager)
+    preprocessed_dataset_folder = os.path.dirname(folder)
+    records = CaseRecords(folder, plans_digest(plans_manager, configuration_manager))
+    raw_dataset_folder = _raw_dataset_folder(plans_manager.dataset_name)
+    if raw_dataset_folder is None:
+        labelled_folder = os.path.join(preprocessed_dataset_folder, configuration_manager.data_identifier)
+        return _cases_without_raw_data(records, labelled_folder, dataset_json, report)
+
+    cases = check_case_names(raw_dataset_folder, preprocessed_dataset_folder, dataset_json)
+    if not cases:
+        raise UserError(_no_case_message(raw_dataset_folder, dataset_json))
+    for case in set(records.cases()) - set(cases):
+        records.forget(case)
+    labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
+    contents, unreadable_files = image_contents(
+        [file for files in (*labelled.values(), *cases.values()) for file in files],
+        raw_dataset_folder=raw_dataset_folder,
+        cache_file=os.path.join(preprocessed_dataset_folder, HASHES_FILE),
+        reader_name=plans_manager.plans["image_reader_writer"],
+        num_processes=num_processes,
+        show_progress_bar=show_progress_bar,
+    )
+    _refuse_labelled_images(cases, labelled, contents)
+    for duplicate in find_duplicates(cases, contents):
+        report(
+            f"WARNING: {os.path.basename(duplicate.file)} and {os.path.basename(duplicate.other_file)} in "
+            f"{UNLABELLED_FOLDER} are the same image. It will be seen twice as often as others."
+        )
+    unreadable = _unreadable_cases(cases, contents, unreadable_files)
+    job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, preprocessor_class, folder)
+    readable = {case: files for case, files in cases.items() if case not in unreadable}
+    preprocess_missing(job, readable, contents, records, num_processes, show_progress_bar, report)
+
+    reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
+    reasons += list(unreadable.values())
+    if reasons and not skip_unreadable:
+        raise UserError(
+            f"{len(reasons)} image(s) or case(s) cannot be read: {'; '.join(reasons)}. Replace or remove these files "
+            f"(all other unlabelled cases are preprocessed already). To leave out unreadable unlabelled cases with a "
+            f'warning, set "skip_unreadable": true in the "semi" object of the configuration in the plans file.'
+        )
+    for reason in reasons:
+        report(f"WARNING: left out, because it cannot be read: {reason}")
+    if not readable:
+        raise UserError(f"None of the unlabelled cases can be read: {'; '.join(reasons)}.")
+    return UnlabelledCases(folder, sorted(readable), sorted(unreadable))
+
+
+def _refuse_labelled_images(
+    cases: Mapping[str, list[str]], labelled: Mapping[str, list[str]], contents: Mapping[str, ImageContent]
+) -> None:
+    duplicates = find_duplicates(cases, contents, labelled)
+    if duplicates:
+        pairs = ", ".join(f"{os.path.basename(d.file)} = {os.path.basename(d.other_file)}" for d in duplicates)
+        raise UserError(
+            f"{len(duplicates)} unlabelled case(s) in {UNLABELLED_FOLDER} hold the same image as a labelled case in "
+            f"{LABELLED_FOLDER}: {pairs}. Labelled cases, and with them those of the validation split, must not be "
+            f"unlabelled training data: remove these cases from {UNLABELLED_FOLDER}."
+        )
+
+
+def _unreadable_cases(
+    cases: Mapping[str, list[str]], contents: Mapping[str, ImageContent], unreadable_files: Mapping[str, str]
+) -> dict[str, str]:
+    """Case name to the file(s) that cannot be read, with the reasons."""
+    unreadable: dict[str, str] = {}
+    for case, files in cases.items():
+        reasons = [f"{file} ({unreadable_files[file]})" for file in files if file in unreadable_files]
+        difference = geometry_difference(files, contents)
+        if difference:
+            reasons.append(f"{case} ({difference})")
+        if reasons:
+            unreadable[case] = "; ".join(reasons)
+    return unreadable
+
+
+def _cases_without_raw_data(
+    records: CaseRecords, labelled_folder: str, dataset_json: dict, report: Callable[[str], None]
+) -> UnlabelledCases:
+    finished = [case for case in records.cases() if records.is_done(case)]
+    if not finished:
+        raise UserError(
+            f"There is no raw data set (environment variable nnUNet_raw) to take unlabelled cases from, and no "
+            f"preprocessed unlabelled case for these plans in {records.folder}. Set nnUNet_raw, put the images into "
+            f"{UNLABELLED_FOLDER} named {naming_rule(dataset_json)}; or copy the preprocessed folder here."
+        )
+    if os.path.isdir(labelled_folder):
+        names = {os.path.splitext(name)[0] for name in os.listdir(labelled_folder)}
+        check_names_are_unlabelled(finished, names, labelled_folder)
+    _check_not_in_splits(finished, os.path.dirname(labelled_folder))
+    report(f"The raw data set is not here: using the {len(finished)} preprocessed unlabelled cases in {records.folder}")
+    return UnlabelledCases(records.folder, finished)
+
+
+def _check_not_in_splits(unlabelled: Iterable[str], preprocessed_dataset_folder: str) -> None:
+    path = os.path.join(preprocessed_dataset_folder, "splits_final.json")
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        splits = json.load(file)
+    named = {case for split in splits for part in ("train", "val") for case in split.get(part, [])}
+    check_names_are_unlabelled(unlabelled, named, f"{path} (as labelled cases)")
+
+
+def _raw_dataset_folder(dataset_name: str) -> str | None:
+    if not nnUNet_raw.is_set():
+        return None
+    folder = os.path.join(nnUNet_raw, dataset_name)
+    return folder if os.path.isdir(folder) else None
+
+
+def _no_case_message(raw_dataset_folder: str, dataset_json: dict) -> str:
+    folder = os.path.join(raw_dataset_folder, UNLABELLED_FOLDER)
+    found = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if found:
+        state = f"holds only other files ({', '.join(found[:5])})"
+    else:
+        state = "is empty" if os.path.isdir(folder) else "does not exist"
+    return (
+        f"There are no unlabelled cases: {folder} {state}. Put the unlabelled images there, named "
+        f"{naming_rule(dataset_json)}, without label files."
+    )
+
+
+def _files(cases: Mapping[str, list[str]]) -> set[str]:
+    return {file for files in cases.values() for file in files}

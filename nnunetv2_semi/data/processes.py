@@ -1,0 +1,76 @@
+"""Work spread over processes that never outlive the one that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from nnunetv2_semi.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def exit_with_parent() -> None:
+    """Call in a child process: it then ends as soon as its parent is gone, even if that was killed by SIGKILL.
+
+    A pool's worker would otherwise wait for work for ever, because it holds both ends of its own queue.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def wait_for_parent() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True, name="exit-with-parent").start()
+
+
+def results_in_parallel(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    num_processes: int,
+    description: str,
+    show_progress_bar: bool = True,
+) -> Iterator[tuple[Task, Result]]:
+    """Yield `(task, function(task))` in order of completion, with a progress bar.
+
+    Processes are spawned, not forked (the caller may hold threads and a CUDA context). With one process, or one task,
+    the work is done in the calling process. `function` and the tasks must pickle. What `function` raises is raised.
+
+    Raises:
+        UserError: a worker process was killed, in practice by the system for want of memory.
+    """
+    num_processes = min(num_processes, len(tasks))
+    with tqdm(total=len(tasks), desc=description, disable=not show_progress_bar or not tasks) as bar:
+        if num_processes <= 1:
+            for task in tasks:
+                yield task, function(task)
+                bar.update()
+            return
+        executor = ProcessPoolExecutor(
+            num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=exit_with_parent
+        )
+        try:
+            futures = {executor.submit(function, task): task for task in tasks}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+                bar.update()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{description}: a worker process was killed, most likely because memory ran out. What was finished is "
+                f"kept. Start again with fewer processes than {num_processes} (environment variable nnUNet_def_n_proc)."
+            ) from error
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)

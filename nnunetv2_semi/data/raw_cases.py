@@ -1,0 +1,143 @@
+"""Which cases lie in a raw data set folder, and whether they are named as nnU-Net expects."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterable
+
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunetv2_semi.data.dataset_settings import num_channels
+from nnunetv2_semi.errors import UserError
+
+UNLABELLED_FOLDER = "imagesUn"
+LABELLED_FOLDER = "imagesTr"
+
+
+def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
+    """Unlabelled cases in `imagesUn/`: case name to its channel files, in channel order; cases in alphabetical order.
+
+    An absent or empty folder gives an empty dict. Hidden files and other file endings than dataset.json's are ignored.
+
+    Raises:
+        UserError: images without a channel number in their name, channels that dataset.json does not have, or (all
+            cases in one message) missing channels.
+    """
+    folder = os.path.join(raw_dataset_folder, UNLABELLED_FOLDER)
+    cases, unnumbered = _channels_per_case(folder, dataset_json["file_ending"])
+    if unnumbered:
+        raise UserError(
+            f"Images in {folder} have no channel number in their name: {_shown(unnumbered)}. Name them "
+            f"{naming_rule(dataset_json)}."
+        )
+    _check_channels_complete(folder, cases, dataset_json)
+    return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
+
+
+def list_labelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
+    """Labelled cases: case name to its channel files, in channel order.
+
+    These are the cases in `imagesTr/`, or those under "dataset" in dataset.json where nnU-Net is told so.
+    """
+    if "dataset" in dataset_json:
+        # nnU-Net rewrites the paths in what it is given
+        listed = get_filenames_of_train_images_and_targets(raw_dataset_folder, copy.deepcopy(dataset_json))
+        return {case: list(entry["images"]) for case, entry in sorted(listed.items())}
+    folder = os.path.join(raw_dataset_folder, LABELLED_FOLDER)
+    cases, _ = _channels_per_case(folder, dataset_json["file_ending"])
+    return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
+
+
+def labelled_images_without_label(raw_dataset_folder: str, dataset_json: dict) -> list[str]:
+    """Names of the cases in `imagesTr/` that have no label file, in alphabetical order."""
+    if "dataset" in dataset_json:
+        listed = get_filenames_of_train_images_and_targets(raw_dataset_folder, copy.deepcopy(dataset_json))
+        return sorted(case for case, entry in listed.items() if not os.path.isfile(entry["label"]))
+    labels = os.path.join(raw_dataset_folder, "labelsTr")
+    return [
+        case
+        for case in list_labelled_cases(raw_dataset_folder, dataset_json)
+        if not os.path.isfile(os.path.join(labels, case + dataset_json["file_ending"]))
+    ]
+
+
+def check_labelled_images_have_labels(raw_dataset_folder: str, dataset_json: dict) -> None:
+    """Refuse images in `imagesTr/` that have no label file.
+
+    Raises:
+        UserError: names them all, and says to move them to `imagesUn/`.
+    """
+    without_label = labelled_images_without_label(raw_dataset_folder, dataset_json)
+    if without_label:
+        raise UserError(
+            f"{len(without_label)} case(s) in {os.path.join(raw_dataset_folder, LABELLED_FOLDER)} have no label file "
+            f"in {os.path.join(raw_dataset_folder, 'labelsTr')}: {', '.join(without_label)}. If they are unlabelled, "
+            f"move their images to {os.path.join(raw_dataset_folder, UNLABELLED_FOLDER)} (and set numTraining in "
+            f"dataset.json to the number of labelled cases); else add the missing label files."
+        )
+
+
+def check_names_are_unlabelled(unlabelled: Iterable[str], labelled: Iterable[str], labelled_where: str) -> None:
+    """Refuse a case name that is both unlabelled and labelled: its labels would leak into what is called unlabelled.
+
+    Raises:
+        UserError: names them all. `labelled_where` says where the labelled names were found.
+    """
+    shared = sorted(set(unlabelled) & set(labelled))
+    if shared:
+        raise UserError(
+            f"{len(shared)} case(s) are both in {UNLABELLED_FOLDER} and in {labelled_where}: {', '.join(shared)}. A "
+            f"labelled case must not be unlabelled training data as well: remove these cases from {UNLABELLED_FOLDER}, "
+            f"or rename them if they are different images."
+        )
+
+
+def naming_rule(dataset_json: dict) -> str:
+    """How image files of this data set are named, for messages."""
+    ending = dataset_json["file_ending"]
+    last = num_channels(dataset_json) - 1
+    return f"CASE_0000{ending}" if last == 0 else f"CASE_0000{ending} to CASE_{last:04d}{ending} (one file per channel)"
+
+
+def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """Case name to {channel index: file}, and the image files whose names have no channel number."""
+    name_with_channel = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
+    cases: dict[str, dict[int, str]] = {}
+    unnumbered: list[str] = []
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for name in names:
+        if name.startswith(".") or not name.endswith(file_ending):
+            continue
+        match = name_with_channel.fullmatch(name)
+        if match is None:
+            unnumbered.append(name)
+        else:
+            cases.setdefault(match.group(1), {})[int(match.group(2))] = os.path.join(folder, name)
+    return dict(sorted(cases.items())), unnumbered
+
+
+def _check_channels_complete(folder: str, cases: dict[str, dict[int, str]], dataset_json: dict) -> None:
+    expected = set(range(num_channels(dataset_json)))
+    ending = dataset_json["file_ending"]
+    missing: list[str] = []
+    surplus: list[str] = []
+    for case, channels in cases.items():
+        missing += [f"{case}_{index:04d}{ending}" for index in sorted(expected - set(channels))]
+        surplus += [os.path.basename(channels[index]) for index in sorted(set(channels) - expected)]
+    if missing:
+        raise UserError(
+            f"Unlabelled cases in {folder} lack channels. Missing files: {', '.join(missing)}. Each case needs "
+            f"{len(expected)} channel(s), as channel_names in dataset.json says: add the files or remove the cases."
+        )
+    if surplus:
+        raise UserError(
+            f"Unlabelled cases in {folder} have more channels than the {len(expected)} that channel_names in "
+            f"dataset.json names: {_shown(surplus)}. Remove these files."
+        )
+
+
+def _shown(names: list[str], at_most: int = 20) -> str:
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

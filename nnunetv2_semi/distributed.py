@@ -1,0 +1,88 @@
+"""What several processes must agree on. Without DDP every function here does the obvious thing alone.
+
+Gradients are averaged once, after all passes of a step, instead of through DistributedDataParallel: a step has several
+passes, several networks and skipped terms, and this way every process makes the same one collective whatever happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """``values`` summed over all processes; every process must call it."""
+    if is_distributed():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def all_agree(condition: bool, device: torch.device) -> bool:
+    """Whether ``condition`` holds on every process."""
+    if not is_distributed():
+        return condition
+    failures = torch.tensor(0.0 if condition else 1.0, device=device)
+    dist.all_reduce(failures)
+    return failures.item() == 0
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Mean of the gradients over all processes, in one collective a data type; a missing gradient counts as zero."""
+    if not is_distributed():
+        return
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_type.values():
+        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(joined)
+        joined /= dist.get_world_size()
+        parts = joined.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def broadcast_from_first(module: nn.Module) -> None:
+    """Every process takes the first one's parameters and buffers."""
+    if is_distributed():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def on_first_process(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on the first process alone; all processes get its result, or raise its error."""
+    if not is_distributed():
+        return work()
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # carried to the other processes, which would wait for ever otherwise
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, 0)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
+    """Mean of each named value over the processes that have it."""
+    if not is_distributed():
+        return values
+    gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, values)
+    names = dict.fromkeys(name for single in gathered for name in single)
+    return {name: sum(s[name] for s in gathered if name in s) / sum(name in s for s in gathered) for name in names}

@@ -1,0 +1,99 @@
+"""What a step reports: collected per epoch, printed, plotted into progress.png, and given to nnU-Net's loggers."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from math import isfinite, nan
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.image  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from nnunetv2.training.logging.nnunet_logger import LocalLogger  # noqa: E402
+
+PREFIX = "semi/"
+
+
+class SemiLocalLogger(LocalLogger):
+    """nnU-Net's local logger that takes new keys, and adds their curves under its own in progress.png."""
+
+    def log(self, key: str, value: object, epoch: int) -> None:
+        """Log one value of an epoch; a key that starts later than the others is nan before."""
+        values = self.my_fantastic_logging.setdefault(key, [])
+        values.extend([nan] * (epoch - len(values)))
+        super().log(key, value, epoch)
+
+    def plot_progress_png(self, output_folder: str) -> None:
+        """nnU-Net's progress.png with one more panel: everything logged under ``semi/``."""
+        curves = {key: values for key, values in self.my_fantastic_logging.items() if key.startswith(PREFIX)}
+        super().plot_progress_png(output_folder)
+        if not any(any(isfinite(value) for value in values) for values in curves.values()):
+            return
+        path = os.path.join(output_folder, "progress.png")
+        stock = matplotlib.image.imread(path)
+        figure = _draw_curves(curves, stock.shape[1])
+        figure.canvas.draw()
+        ours = np.asarray(figure.canvas.buffer_rgba())[..., : stock.shape[2]] / 255.0  # type: ignore[attr-defined]
+        plt.close(figure)
+        unfinished = os.path.join(output_folder, ".progress.png")
+        matplotlib.image.imsave(unfinished, np.concatenate([stock, ours.astype(stock.dtype)]), format="png")
+        os.replace(unfinished, path)
+
+
+class EpochValues:
+    """Sums of one epoch's step values."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Note one step's values; those that are not finite do not enter the mean."""
+        for name, value in values.items():
+            if isfinite(value):
+                self._values[name].append(value)
+
+    def means(self) -> dict[str, float]:
+        """Mean of each value over the steps that reported it."""
+        return {name: sum(values) / len(values) for name, values in self._values.items()}
+
+
+def to_floats(values: Mapping[str, torch.Tensor | float]) -> dict[str, float]:
+    """Plain numbers, with a single transfer from the device."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    floats = {name: float(value) for name, value in values.items() if not isinstance(value, torch.Tensor)}
+    if tensors:
+        together = torch.stack([value.detach().to(torch.float32).reshape(()) for value in tensors.values()])
+        floats.update(zip(tensors, together.tolist(), strict=True))
+    return {name: floats[name] for name in values}
+
+
+def _draw_curves(curves: Mapping[str, list[float]], width_pixels: int) -> plt.Figure:
+    """One row per kind: losses, weights, and shares (Dice, agreement, voxels used), over epochs."""
+    groups: dict[str, dict[str, list[float]]] = {"unlabelled loss terms": {}, "weight": {}, "share (0 to 1)": {},
+                                                 "skipped steps": {}}
+    for key, values in curves.items():
+        name = key.removeprefix(PREFIX)
+        if name.startswith("weight_"):
+            groups["weight"][name.removeprefix("weight_")] = values
+        elif name.startswith("loss_"):
+            groups["unlabelled loss terms"][name.removeprefix("loss_")] = values
+        elif name == "skipped_steps":
+            groups["skipped steps"][name] = values
+        else:
+            groups["share (0 to 1)"][name] = values
+    shown = {title: lines for title, lines in groups.items() if lines}
+    figure, axes = plt.subplots(len(shown), 1, figsize=(width_pixels / 100, 14 * len(shown)), dpi=100, squeeze=False)
+    for axis, (title, lines) in zip(axes[:, 0], shown.items(), strict=True):
+        for name, values in lines.items():
+            axis.plot(range(len(values)), values, linewidth=4, label=name, marker="o" if len(values) == 1 else None)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(title)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=20)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,63 @@
+"""Area-similarity contrast: predictions of the same area in two modalities agree, those of other areas differ.
+
+Source: Zhang et al., "Multi-modal contrastive mutual learning and pseudo-label re-learning for semi-supervised medical
+image segmentation", Medical Image Analysis 83, 2023, 102656.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_EPS = 1e-6
+
+
+def area_similarity(areas: torch.Tensor) -> torch.Tensor:
+    """Soft Dice overlap of every pair of areas, (N, N), from one matrix product.
+
+    areas: foreground probabilities (N, C, *spatial) in [0, 1]; all channels and voxels of an area count together.
+    s(a, b) = (2 sum(a b) + eps) / (sum(a^2) + sum(b^2) + eps), eps = 1e-6.
+    """
+    flat = areas.flatten(1)
+    products = flat @ flat.T
+    squares = products.diagonal()
+    return (2.0 * products + _EPS) / (squares[:, None] + squares[None, :] + _EPS)
+
+
+def area_similarity_contrast(
+    areas_first: torch.Tensor, areas_second: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """L_ASC = -1/(2B) sum_i log( exp s(i, i+) / sum_{j != i} exp s(i, j) ), a scalar.
+
+    areas_first, areas_second: (B, C, *spatial) foreground probabilities of the same B areas in two modalities, in the
+    same order; i+ is the same area in the other modality. temperature: similarities are divided by it (paper: 1).
+    Half-precision input is computed in float32. Raises ValueError for differing shapes or a temperature <= 0.
+    """
+    if areas_first.shape != areas_second.shape:
+        raise ValueError(f"both modalities need the same areas, got {tuple(areas_first.shape)} "
+                         f"and {tuple(areas_second.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    with torch.autocast(areas_first.device.type, enabled=False):
+        areas = torch.cat([areas_first, areas_second])
+        if areas.dtype in (torch.float16, torch.bfloat16):
+            areas = areas.float()
+        logits = area_similarity(areas) / temperature
+        logits = logits.masked_fill(torch.eye(len(areas), dtype=torch.bool, device=areas.device), -torch.inf)
+        positives = torch.arange(len(areas), device=areas.device).roll(len(areas_first))
+        return F.cross_entropy(logits, positives)
+
+
+def slices_as_areas(
+    probabilities: torch.Tensor, axis: int, max_slices: int, chosen: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """2D slices of 3D patches as areas: (B, C, *3 spatial) -> (B * n, C, *2 spatial), n = min(max_slices, extent).
+
+    axis: spatial axis (0 to 2) to slice along. chosen: slice numbers (n,) to take, so that every modality gives the
+    same areas; drawn from torch's global random state when None. Returns the areas and the slice numbers.
+    """
+    extent = probabilities.shape[2 + axis]
+    if chosen is None:
+        chosen = torch.randperm(extent)[:max_slices].sort().values.to(probabilities.device)
+    slices = probabilities.index_select(2 + axis, chosen).movedim(2 + axis, 1)
+    return slices.flatten(0, 1), chosen

@@ -1,0 +1,32 @@
+"""Cross-entropy and Dice against soft labels: a teacher's probabilities, not its hard decisions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nnunetv2_semi.losses.predictions import foreground
+
+_EPS = 1e-5
+
+
+def soft_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Mean over voxels of -sum_k q_k log p_k; for regions the mean binary cross-entropy over regions and voxels.
+
+    logits, soft_label: (B, K, *spatial), soft_label in [0, 1] (summing to 1 over K unless ``regions``).
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if regions:
+        return F.binary_cross_entropy_with_logits(logits, soft_label)
+    return -(soft_label * logits.log_softmax(1)).sum(1).mean()
+
+
+def soft_dice_loss(probability: torch.Tensor, soft_label: torch.Tensor, regions: bool) -> torch.Tensor:
+    """1 - mean over patches and foreground classes of (2 sum pq + eps) / (sum p^2 + sum q^2 + eps).
+
+    The squared denominator has its minimum at p = q; the linear one would push a soft label to a hard one.
+    probability, soft_label: (B, K, *spatial).
+    """
+    p, q = foreground(probability, regions).flatten(2), foreground(soft_label, regions).flatten(2)
+    overlap = (2 * (p * q).sum(-1) + _EPS) / (p.square().sum(-1) + q.square().sum(-1) + _EPS)
+    return 1 - overlap.mean()

@@ -1,0 +1,198 @@
+"""What a method is: the questions it answers for the trainer, and the parts that methods share.
+
+A method is one small class in one file. It is an ``nn.Module`` that holds the student and whatever networks it needs
+besides; what it holds goes to the training device and into the checkpoint.
+
+1. which networks: ``build_student`` (class method) makes the student, ``__init__`` the rest; ``optimizers``
+2. the loss: ``loss`` yields named terms
+3. after an optimiser step: ``after_step``
+4. what a checkpoint carries: ``state_dict`` of the module; what is deployed: ``deployable``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnunetv2_semi.losses.predictions import Logits, agreement
+from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.schedules import sigmoid_ramp_up
+from nnunetv2_semi.teachers import Teacher
+
+Target = torch.Tensor | list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's patches on the training device.
+
+    labelled: (B, C, *spatial). target: nnU-Net's target, a list with deep supervision.
+    unlabelled: (B_u, C, *spatial); an empty tensor for methods that need none.
+    """
+
+    labelled: torch.Tensor
+    target: Target
+    unlabelled: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of the loss: ``weight * value`` is minimised, ``value`` and ``weight`` are logged.
+
+    value: a scalar with a graph. supervised: it comes from labelled voxels; other terms are left out of a step in which
+    they are not finite.
+    """
+
+    name: str
+    value: torch.Tensor
+    weight: float = 1.0
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the trainer tells a method.
+
+    supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. regions: region-based labels.
+    spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. one_pass: join a step's passes.
+    sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
+    """
+
+    supervised_loss: Callable[[Logits, Target], torch.Tensor]
+    regions: bool
+    ignore_label: int | None
+    spacing: tuple[float, ...]
+    modalities: dict[str, list[int]]
+    one_pass: bool
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Method(nn.Module):
+    """Base of all methods; by itself the supervised control.
+
+    name: of the method's section in the plans file's ``"semi"``. uses_unlabelled: whether unlabelled batches are
+    loaded. progress: fraction of the training's steps done, set by the trainer before each step. metrics: filled by
+    ``loss`` with detached scalars to log; emptied by the trainer before each step.
+    """
+
+    name: ClassVar[str] = "Supervised"
+    Settings: ClassVar[type[Settings]] = Settings
+    uses_unlabelled: ClassVar[bool] = True
+
+    def __init__(self, student: nn.Module, settings: Settings, context: Context) -> None:
+        super().__init__()
+        self.student = student
+        self.settings = settings
+        self.context = context
+        self.progress = 0.0
+        self.metrics: dict[str, torch.Tensor] = {}
+
+    # 1. networks
+
+    @classmethod
+    def build_student(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                      num_input_channels: int, num_output_channels: int, deep_supervision: bool) -> nn.Module:
+        """The network to train. nnU-Net's predictor calls this too: it may depend on the plans alone."""
+        return nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, num_input_channels,
+                                                        num_output_channels, deep_supervision)
+
+    @classmethod
+    def graphs(cls, settings: Settings) -> int:
+        """Network graphs that the one-pass arrangement holds in memory at once (a plain nnU-Net step holds 1)."""
+        return 2 if cls.uses_unlabelled else 1
+
+    @classmethod
+    def check(cls, context: Context, settings: Settings) -> None:
+        """Raise UserError where the data set or the settings cannot work with this method, before anything is built."""
+
+    def optimizers(self, initial_lr: float, weight_decay: float,
+                   num_epochs: int) -> list[tuple[torch.optim.Optimizer, LRScheduler]]:
+        """Optimisers with their schedules, stepped once an epoch with its number. Default: nnU-Net's for all that
+        trains.
+
+        The first is the one that nnU-Net logs and saves as its own.
+        """
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=0.99, nesterov=True, weight_decay=weight_decay)
+        return [(optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs))]
+
+    def called_networks(self) -> list[nn.Module]:
+        """The networks that ``loss`` and prediction call: these are compiled, in place."""
+        return [self.student, *(child.network for child in self.children() if isinstance(child, Teacher))]
+
+    def on_start(self) -> None:
+        """Before the first step of a new training, after pretrained weights were loaded: teachers take them over."""
+        for child in self.children():
+            if isinstance(child, Teacher):
+                child.copy_from(self.student)
+
+    # 2. loss
+
+    def loss(self, batch: Batch) -> Iterator[list[Term]]:
+        """Yield the step's terms in groups.
+
+        Run one after another, each group is differentiated and its graph freed before the next group is asked for; so
+        ask for the passes of a group (``passes``) only after the group before was yielded.
+        """
+        passes = self.passes(self.student, batch.labelled)
+        yield [self.supervised(next(passes), batch.target)]
+
+    def supervised(self, output: Logits, target: Target, name: str = "supervised", weight: float = 1.0) -> Term:
+        """nnU-Net's own loss as a term."""
+        return Term(name, self.context.supervised_loss(output, target), weight, supervised=True)
+
+    def unlabelled_weight(self, weight: float, ramp_fraction: float = 0.0) -> float:
+        """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""
+        return weight * self.settings.unlabelled_weight * sigmoid_ramp_up(self.progress, ramp_fraction)
+
+    def passes(self, network: nn.Module, *images: torch.Tensor) -> Iterator[Logits]:
+        """The network's outputs for each of ``images``: one joint pass, or each pass when it is asked for."""
+        if not self.context.one_pass or len(images) == 1:
+            for image in images:
+                yield network(image)
+            return
+        output = network(torch.cat(images))
+        sizes = [len(image) for image in images]
+        if isinstance(output, torch.Tensor):
+            yield from output.split(sizes)
+        else:
+            yield from (list(scales) for scales in zip(*(scale.split(sizes) for scale in output), strict=True))
+
+    def note_agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        """Log the share of unlabelled voxels at which teacher and student probabilities decide the same."""
+        self.metrics["teacher_student_agreement"] = agreement(teacher, student.detach(), self.context.regions)
+
+    # 3. after a step
+
+    def after_step(self) -> None:
+        """After the optimisers' step: teachers, memory banks."""
+
+    def after_epoch(self) -> None:
+        """After an epoch's last step."""
+
+    # 4. deployment
+
+    def deployable(self) -> nn.Module:
+        """The network that is validated, saved as ``network_weights`` and predicted with."""
+        return self.student
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Networks validated by themselves besides ``deployable``, by name; each takes the whole image."""
+        return {}
+
+    @classmethod
+    def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
+                     num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
+        """The parts of deployed ``weights`` that are plain nnU-Net networks: name -> (channels, state dict).
+
+        semi: the ``"semi"`` object in the model's plans. Empty where the deployed network is not nnU-Net's own.
+        """
+        return {"": (list(range(num_channels)), weights)}

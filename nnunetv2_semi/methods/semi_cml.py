@@ -1,0 +1,303 @@
+"""Semi-CML: one network per modality; they contrast areas of each other, then the better one teaches with soft labels.
+
+Source: Zhang et al., "Multi-modal contrastive mutual learning and pseudo-label re-learning for semi-supervised medical
+image segmentation", Medical Image Analysis 83, 2023, 102656.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar, Literal
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nnunetv2_semi.data.views import with_noise
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.losses.area_similarity import area_similarity_contrast, slices_as_areas
+from nnunetv2_semi.losses.predictions import (
+    confusion_counts,
+    dice_from_counts,
+    foreground,
+    full_resolution,
+    probabilities,
+)
+from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
+from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality
+from nnunetv2_semi.teachers import BestModelAverage, EMATeacher
+
+_DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
+
+
+@dataclass(frozen=True)
+class SemiCMLSettings(Settings):
+    """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight, temperature, areas ("slice":
+    2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), consistency_weight (of the
+    mean squared difference, sigmoid ramp-up over ramp_fraction of training).
+    Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
+    passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
+    better modality learns from itself too), better_modality (None: chosen by the Dice on labelled training patches),
+    teacher ("ema" with ema_decay, or the paper's "best_model_average"), drop_supervised_in_prel (the paper's code).
+    deploy: the students or the averaged teachers.
+    """
+
+    asc: bool = True
+    asc_weight: float = 3.5
+    temperature: float = 1.0
+    areas: Literal["slice", "volume"] = "slice"
+    max_slices: int = 16
+    consistency_weight: float = 1.0
+    ramp_fraction: float = 1.0
+    prel: bool = True
+    prel_start: float = 0.63
+    prel_passes: int = 4
+    prel_noise: float = 0.1
+    alpha_weaker: float = 0.01
+    alpha_better: float = 0.2
+    self_relearning: float = 0.2
+    better_modality: str | None = None
+    teacher: Literal["ema", "best_model_average"] = "ema"
+    ema_decay: float = 0.99
+    drop_supervised_in_prel: bool = False
+    deploy: Literal["student", "teacher"] = "student"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prel_start", "alpha_weaker", "alpha_better", "self_relearning", "ema_decay"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("max_slices", "prel_passes"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("temperature", self.temperature > 0, "greater than 0")
+
+
+class SemiCML(Method):
+    """Contrastive mutual learning of paired modalities, then pseudo-label re-learning."""
+
+    name: ClassVar[str] = "SemiCML"
+    Settings: ClassVar[type[Settings]] = SemiCMLSettings
+    settings: SemiCMLSettings
+    student: ModalityBranches
+    train_counts: torch.Tensor
+
+    def __init__(self, student: ModalityBranches, settings: SemiCMLSettings, context: Context) -> None:
+        super().__init__(student, settings, context)
+        self.names = student.names
+        self.teachers = nn.ModuleList(
+            EMATeacher(branch, settings.ema_decay) if settings.teacher == "ema" else BestModelAverage(branch)
+            for branch in student.branches)
+        self.better = self.names[0]
+        # (modality, true positive / false positive / false negative, foreground class), decayed sums over steps
+        self.register_buffer("train_counts", torch.zeros(len(self.names), 3, 0))
+        self._step_counts: dict[str, torch.Tensor] = {}
+
+    # networks
+
+    @classmethod
+    def build_student(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                      num_input_channels: int, num_output_channels: int, deep_supervision: bool) -> ModalityBranches:
+        semi = configuration_manager.configuration["semi"]
+        channels: dict[str, list[int]] = semi["modalities"]
+        branches = {name: super(SemiCML, cls).build_student(plans_manager, configuration_manager, len(own),
+                                                            num_output_channels, deep_supervision)
+                    for name, own in channels.items()}
+        return ModalityBranches(branches, channels, semi["regions"])
+
+    @classmethod
+    def check(cls, context: Context, settings: Settings) -> None:
+        names = list(context.modalities)
+        if len(names) < 2:
+            raise UserError(
+                f"Semi-CML needs two or more modalities of the same patient; this data set has only {names}. Name them "
+                'in dataset.json: "semi": {"modalities": {"T1": [0], "T2": [1]}}. With one modality use '
+                "nnUNetTrainerSemiMeanTeacher.")
+        better = settings.better_modality if isinstance(settings, SemiCMLSettings) else None
+        if better is not None and better not in names:
+            raise UserError(f'Plans file, "semi": better_modality is {better!r}, but the modalities are {names}.')
+
+    @classmethod
+    def graphs(cls, settings: Settings) -> int:
+        return 2 * len(settings.modalities or {})
+
+    def called_networks(self) -> list[nn.Module]:
+        return [*self.student.branches, *(teacher.network for teacher in self.teachers)]
+
+    def on_start(self) -> None:
+        for teacher, branch in zip(self.teachers, self.student.branches, strict=True):
+            teacher.copy_from(branch)
+
+    # loss
+
+    def loss(self, batch: Batch) -> Iterator[list[Term]]:
+        relearning = self.settings.prel and self.progress >= self.settings.prel_start
+        keep_supervised = not (relearning and self.settings.drop_supervised_in_prel)
+        outputs = {name: self.passes(self.student.branch(name), self.student.select(batch.labelled, name),
+                                     *self._joined_with_labelled(batch, name, relearning)) for name in self.names}
+        for name in self.names:
+            output = next(outputs[name])
+            self._count(name, output, batch)
+            weight = float(keep_supervised)
+            yield [self.supervised(output, batch.target, f"supervised_{name}", weight)] if keep_supervised else []
+        if relearning:
+            yield from self._relearning(batch, outputs)
+        else:
+            yield self._mutual_learning(batch, outputs)
+
+    def _joined_with_labelled(self, batch: Batch, name: str, relearning: bool) -> list[torch.Tensor]:
+        """Unlabelled patches that go through the branch with the labelled ones in the one-pass arrangement."""
+        if not self.context.one_pass or (relearning and name not in self._learners()):
+            return []
+        return [self.student.select(batch.unlabelled, name)]
+
+    def _unlabelled_output(self, batch: Batch, name: str, outputs: dict[str, Iterator], alone: bool) -> torch.Tensor:
+        """Full-resolution logits of a branch on the unlabelled patches.
+
+        Unless ``alone``, the graphs of all branches are needed at once: each is checkpointed as a whole, so that no
+        more than one exists at any time.
+        """
+        if self.context.one_pass:
+            return full_resolution(next(outputs[name]))
+        branch, image = self.student.branch(name), self.student.select(batch.unlabelled, name)
+        return full_resolution(branch(image) if alone else checkpoint(branch, image, use_reentrant=False))
+
+    def _mutual_learning(self, batch: Batch, outputs: dict[str, Iterator]) -> list[Term]:
+        """Stage 1: asc_weight L_ASC(p_1, p_2) + w(t) mean (p_1 - p_2)^2, the mean over pairs of modalities."""
+        predicted = [probabilities(self._unlabelled_output(batch, name, outputs, alone=False), self.context.regions)
+                     for name in self.names]
+        self.note_agreement(predicted[0].detach(), predicted[1])
+        pairs = list(combinations(predicted, 2))
+        difference = sum(torch.mean((first - second) ** 2) for first, second in pairs) / len(pairs)
+        weight = self.unlabelled_weight(self.settings.consistency_weight, self.settings.ramp_fraction)
+        terms = [Term("consistency", torch.as_tensor(difference), weight)]
+        if self.settings.asc:
+            areas = self._areas(*predicted)
+            contrasts = [self._contrast(first, second) for first, second in combinations(areas, 2)]
+            terms.append(Term("asc", torch.stack(contrasts).mean(), self.unlabelled_weight(self.settings.asc_weight)))
+        return terms
+
+    def _relearning(self, batch: Batch, outputs: dict[str, Iterator]) -> Iterator[list[Term]]:
+        """Stage 2: alpha L_ASC(p_t, p_m) + (1 - alpha)(L_CE + L_Dice), p_t the better modality's soft label."""
+        better = self.better_modality()
+        soft_label = self._soft_label(batch, better)
+        for name in self._learners():
+            logits = self._unlabelled_output(batch, name, outputs, alone=True)
+            predicted = probabilities(logits, self.context.regions)
+            self.note_agreement(soft_label, predicted)
+            alpha = self.settings.alpha_better if name == better else self.settings.alpha_weaker
+            regions = self.context.regions
+            relearn = (soft_cross_entropy(logits, soft_label, regions) + soft_dice_loss(predicted, soft_label, regions))
+            if not self.settings.asc:
+                yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(1.0))]
+                continue
+            contrast = self._contrast(*self._areas(soft_label, predicted))
+            yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(1.0 - alpha)),
+                   Term(f"prel_asc_{name}", contrast, self.unlabelled_weight(alpha))]
+
+    def _learners(self) -> list[str]:
+        """The modalities that re-learn now: all but the better one, which joins at the end of stage 2."""
+        joins_at = 1.0 - self.settings.self_relearning * (1.0 - self.settings.prel_start)
+        return [name for name in self.names if name != self.better_modality() or self.progress >= joins_at]
+
+    def _soft_label(self, batch: Batch, better: str) -> torch.Tensor:
+        """Mean probability of the better modality's teacher over noisy passes, dropout active."""
+        image = self.student.select(batch.unlabelled, better)
+        noise, passes = self.settings.prel_noise, self.settings.prel_passes
+        teacher = self.teachers[self.names.index(better)]
+        mean = None
+        with torch.no_grad(), teacher.dropout_active():
+            for _ in range(passes):
+                # the paper's noise: clamp(0.1 N(0, 1), 0, 0.2), never negative
+                single = probabilities(teacher(with_noise(image, noise, 0.0, 2 * noise)), self.context.regions)
+                mean = single if mean is None else mean.add_(single)
+        assert mean is not None
+        return mean.div_(passes)
+
+    def _areas(self, *predicted: torch.Tensor) -> list[torch.Tensor]:
+        """Foreground probabilities of the same areas in each prediction, (areas, C, *area)."""
+        shown = [foreground(p, self.context.regions) for p in predicted]
+        if shown[0].ndim == 4 or self.settings.areas == "volume":
+            return shown
+        spacing = self.context.spacing
+        axis, chosen, areas = spacing.index(max(spacing)), None, []
+        for probability in shown:
+            slices, chosen = slices_as_areas(probability, axis, self.settings.max_slices, chosen)
+            areas.append(slices)
+        return areas
+
+    def _contrast(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return area_similarity_contrast(first, second, self.settings.temperature)
+
+    # which modality is better
+
+    def _count(self, name: str, output: torch.Tensor | list[torch.Tensor], batch: Batch) -> None:
+        target = batch.target if isinstance(batch.target, torch.Tensor) else batch.target[0]
+        with torch.no_grad():
+            predicted = probabilities(output, self.context.regions).detach()
+            self._step_counts[name] = confusion_counts(predicted, target, self.context.regions,
+                                                       self.context.ignore_label)
+
+    def training_dice(self) -> torch.Tensor:
+        """Smoothed Dice of each modality on labelled training patches, in the order of ``names``."""
+        return torch.nan_to_num(dice_from_counts(self.train_counts))
+
+    def better_modality(self) -> str:
+        """The modality that teaches: set by the user, or the one with the higher smoothed training Dice."""
+        return self.settings.better_modality or self.better
+
+    def after_step(self) -> None:
+        counts = self.context.sum_over_processes(torch.stack([self._step_counts[name] for name in self.names]))
+        if self.train_counts.shape[-1] == 0:
+            self.train_counts = torch.zeros_like(counts)
+        self.train_counts.mul_(_DICE_MEMORY).add_(counts)
+        for name, dice in zip(self.names, self.training_dice(), strict=True):
+            self.metrics[f"training_dice_{name}"] = dice
+        for teacher, branch in zip(self.teachers, self.student.branches, strict=True):
+            if isinstance(teacher, EMATeacher):
+                teacher.update(branch)
+
+    def after_epoch(self) -> None:
+        dice = self.training_dice().tolist()
+        self.better = self.names[dice.index(max(dice))]
+        for teacher, branch, score in zip(self.teachers, self.student.branches, dice, strict=True):
+            if isinstance(teacher, BestModelAverage):
+                teacher.update(branch, score)
+
+    # state
+
+    def get_extra_state(self) -> str:
+        return self.better
+
+    def set_extra_state(self, state: str) -> None:
+        self.better = state
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        self.train_counts = torch.zeros_like(state_dict[prefix + "train_counts"], device=self.train_counts.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+    # deployment
+
+    def deployable(self) -> nn.Module:
+        if self.settings.deploy == "student":
+            return self.student
+        averaged = {name: teacher.network for name, teacher in zip(self.names, self.teachers, strict=True)}
+        return ModalityBranches(averaged, self.student.channels, self.student.regions)
+
+    def parts(self) -> dict[str, nn.Module]:
+        deployed = self.deployable()
+        assert isinstance(deployed, ModalityBranches)
+        return {name: SingleModality(deployed, name) for name in self.names}
+
+    @classmethod
+    def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
+                     num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
+        models = {}
+        for index, (name, channels) in enumerate(semi["modalities"].items()):
+            prefix = f"branches.{index}."
+            models[name] = (channels, {key.removeprefix(prefix): value for key, value in weights.items()
+                                       if key.startswith(prefix)})
+        return models

@@ -1,0 +1,384 @@
+"""The one class that touches nnU-Net's hooks: for unlabelled batches, further networks, and further loss terms."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from tqdm import tqdm
+
+from nnunetv2_semi import checkpoints, compat
+from nnunetv2_semi.data.dataset_settings import modalities_or_channels
+from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
+from nnunetv2_semi.data.preprocessing import prepare_unlabelled
+from nnunetv2_semi.data.whole_files import write_json_whole
+from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process, sum_over_processes
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
+from nnunetv2_semi.losses.predictions import dice_from_counts
+from nnunetv2_semi.methods.base import Batch, Context, Method
+from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
+from nnunetv2_semi.methods.supervised import Supervised
+from nnunetv2_semi.step import TrainingStep
+
+_COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # what nnU-Net's validation step returns
+
+
+class nnUNetTrainerSemi(nnUNetTrainer):
+    """nnU-Net's trainer with a method (see ``nnunetv2_semi.methods.base``).
+
+    A trainer that users name is a subclass that sets ``method_class`` and nothing else.
+    """
+
+    method_class: ClassVar[type[Method]] = Supervised
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_ddp and dist.get_backend() == "gloo":  # nnU-Net takes it for granted that DDP means CUDA
+            self.device, self.grad_scaler = torch.device("cpu"), None
+        self.logger.local_logger = SemiLocalLogger()
+        name = self.method_class.name
+        found = settings_from_plan(self.method_class.Settings, self.configuration_manager.configuration.get("semi", {}),
+                                   name)
+        self.settings = replace(found, modalities=found.modalities or modalities_or_channels(dataset_json),
+                                regions=self.label_manager.has_regions)
+        # What a network depends on travels in the plans, and with them how the model was made.
+        self.semi = settings_for_plan(self.settings, name)
+        plans["configurations"][configuration]["semi"] = self.semi
+        self.plans_manager = PlansManager(plans)
+        self.configuration_manager = self.plans_manager.get_configuration(configuration)
+        self.logger.update_config({"semi": {"method": name, **self.semi}})
+
+        self.num_epochs = self.settings.num_epochs
+        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
+        self.save_every = self.settings.save_every
+        self.initial_lr = self.settings.initial_lr
+        self.enable_deep_supervision = self.settings.deep_supervision
+
+        self.method: Method
+        self.step: TrainingStep
+        self.schedules: list = []
+        self._epoch_values = EpochValues()
+        self._steps_in_epoch = 0
+        self._restored = False
+        self._bar: tqdm | None = None
+
+    # networks and optimisers
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                   num_input_channels: int, num_output_channels: int,
+                                   enable_deep_supervision: bool = True) -> nn.Module:
+        """The method's deployed architecture; nnU-Net's predictor calls this."""
+        return cls.method_class.build_student(plans_manager, configuration_manager, num_input_channels,
+                                              num_output_channels, enable_deep_supervision)
+
+    def initialize(self) -> None:
+        """Build the method with its networks, the optimisers and nnU-Net's loss; weights depend on the seed alone."""
+        if self.was_initialized:
+            raise RuntimeError("initialize() was called twice")
+        self._refuse_cascade()
+        self._set_batch_size_and_oversample()
+        self.loss = self._build_loss()
+        one_pass = self._one_pass()
+        context = Context(
+            supervised_loss=lambda output, target: self.loss(output, target),
+            regions=self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
+            spacing=tuple(self.configuration_manager.spacing), modalities=self.settings.modalities or {},
+            one_pass=one_pass, sum_over_processes=sum_over_processes)
+        self.method_class.check(context, self.settings)
+
+        torch.manual_seed(self.settings.seed)
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
+                                                               self.dataset_json)
+        student = self.build_network_architecture(self.plans_manager, self.configuration_manager,
+                                                  self.num_input_channels, self.label_manager.num_segmentation_heads,
+                                                  self.enable_deep_supervision)
+        self.method = self.method_class(student, self.settings, context).to(self.device)
+        broadcast_from_first(self.method)
+        self.network = self.method.student
+        if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
+            for network in self.method.called_networks():
+                network.compile()
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.step = TrainingStep(self.method, self.schedules, self.grad_scaler, self.device, seed=self.settings.seed,
+                                 rank=self.local_rank, max_skipped_steps=self.settings.max_skipped_steps)
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.was_initialized = True
+        self.print_to_log_file(f"Method {self.method.name}, passes {'joined' if one_pass else 'one after another'}, "
+                               f"settings: {self.semi}", add_timestamp=False)
+
+    def configure_optimizers(self) -> tuple:
+        """The method's optimisers and schedules; the first pair is the one nnU-Net knows of."""
+        self.schedules = self.method.optimizers(self.initial_lr, self.weight_decay, self.num_epochs)
+        return self.schedules[0]
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch it in all networks of the method; never on where the settings have it off."""
+        for module in self.method.modules():
+            if hasattr(module, "deep_supervision"):
+                module.deep_supervision = enabled and self.enable_deep_supervision
+
+    def _one_pass(self) -> bool:
+        if self.settings.arrangement == "auto":
+            return self.method_class.graphs(self.settings) <= self.settings.planned_graphs
+        return self.settings.arrangement == "one_pass"
+
+    def _refuse_cascade(self) -> None:
+        if self.is_cascaded and self.method_class.uses_unlabelled:
+            raise NotImplementedError(
+                f"{self.configuration_name} is the second stage of a cascade: it takes the first stage's predictions "
+                "as input, and unlabelled cases have none. Train 3d_fullres or 2d with this trainer, or the cascade "
+                "with nnUNetTrainerSemiSupervised.")
+
+    # data
+
+    def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
+        """Streams of seeded batches: labelled and unlabelled patches together, and validation patches."""
+        on_first_process(self._write_small_split)
+        unlabelled = self._prepare_unlabelled() if self.method_class.uses_unlabelled else None
+        training, validation = compat.plain_dataloaders(super().get_dataloaders)
+        sources = {"labelled": training}
+        if unlabelled is not None:
+            sources["unlabelled"] = self._unlabelled_loader(unlabelled, training)
+        workers, pin_memory = get_allowed_n_proc_DA(), self.device.type == "cuda"
+        seed, rank = self.settings.seed, self.local_rank
+        return (
+            BatchStream(SeededBatches(sources, seed=seed, stream="training", rank=rank),
+                        start=self.current_epoch * self.num_iterations_per_epoch, num_workers=workers,
+                        pin_memory=pin_memory),
+            BatchStream(SeededBatches({"labelled": validation}, seed=seed, stream="validation", rank=rank),
+                        start=self.current_epoch * self.num_val_iterations_per_epoch,
+                        num_workers=(workers + 1) // 2, pin_memory=pin_memory))
+
+    def _prepare_unlabelled(self) -> tuple[str, list[str]]:
+        cases = on_first_process(lambda: prepare_unlabelled(
+            self.plans_manager, self.configuration_manager, self.dataset_json, num_processes=default_num_processes,
+            skip_unreadable=self.settings.skip_unreadable, report=self.print_to_log_file))
+        self.print_to_log_file(f"{len(cases.identifiers)} unlabelled cases in {cases.folder}")
+        return cases.folder, list(cases.identifiers)
+
+    def _unlabelled_loader(self, cases: tuple[str, list[str]], training: nnUNetDataLoader) -> nnUNetDataLoader:
+        folder, identifiers = cases
+        size = self.settings.unlabelled_batch_size
+        if size is None:
+            size = self.batch_size
+        elif self.is_ddp:
+            size = max(1, size // dist.get_world_size())
+        spatial = slice(1, None) if training.patch_size_was_2d else slice(None)
+        return unlabelled_patch_loader(
+            infer_dataset_class(folder)(folder, identifiers), size, training.patch_size[spatial],
+            training.final_patch_size[spatial], self.label_manager, compat.training_transforms_without_target(self),
+            mask_needed=any(self.configuration_manager.use_mask_for_norm))
+
+    def _write_small_split(self) -> None:
+        """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases."""
+        path = os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.fold == "all" or os.path.isfile(path):
+            return
+        cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
+        if len(cases) >= 5:
+            return
+        if len(cases) < 2 or self.fold >= len(cases):
+            raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
+                            f"{self.fold}. Train with fold 'all', or write your own splits to {path}.")
+        self.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
+        write_json_whole(path, compat.crossval_split(cases, len(cases)))
+
+    # training
+
+    def run_training(self) -> None:
+        """nnU-Net's loop; the loaders' processes end with it, however it ends."""
+        try:
+            super().run_training()
+        finally:
+            for stream in (self.dataloader_train, self.dataloader_val):
+                if isinstance(stream, BatchStream):
+                    stream.close()
+            self._close_bar()
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if not self._restored:
+            self.method.on_start()
+        super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        self.method.train()
+        super().on_train_epoch_start()
+        for _, schedule in self.schedules[1:]:
+            schedule.step(self.current_epoch)
+        self._epoch_values, self._steps_in_epoch = EpochValues(), 0
+        self._bar = tqdm(total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False,
+                         disable=None if self.local_rank == 0 else True)
+
+    def train_step(self, batch: dict) -> dict:
+        """One step on ``batch``: {"labelled": nnU-Net's batch, "unlabelled": {"data": (B_u, C, *spatial)}}."""
+        step = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
+        terms, values = self.step.run(self._on_device(batch), step,
+                                      step / (self.num_epochs * self.num_iterations_per_epoch))
+        self._steps_in_epoch += 1
+        for term in terms:
+            values[f"loss_{term.name}"] = term.value
+            if not term.supervised:
+                values[f"weight_{term.name}"] = term.weight
+        floats = to_floats(values)
+        self._epoch_values.add(floats)
+        if self._bar is not None:
+            self._bar.update()
+        return {"loss": float(np.mean([floats[f"loss_{term.name}"] for term in terms if term.supervised] or [np.nan]))}
+
+    def _on_device(self, batch: dict) -> Batch:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, non_blocking=True)
+        target = batch["labelled"]["target"]
+        labelled = move(batch["labelled"]["data"])
+        return Batch(labelled, [move(t) for t in target] if isinstance(target, list) else move(target),
+                     move(batch["unlabelled"]["data"]) if "unlabelled" in batch else labelled[:0])
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        self._close_bar()
+        super().on_train_epoch_end(train_outputs)
+        self.method.after_epoch()
+        means = mean_over_processes(self._epoch_values.means())
+        means["skipped_steps"] *= self.num_iterations_per_epoch
+        self._log(means)
+
+    def _log(self, values: dict[str, float]) -> None:
+        """Into the training log and nnU-Net's loggers, one value per epoch each."""
+        for name, value in values.items():
+            self.logger.log(PREFIX + name, value, self.current_epoch)
+            if not name.startswith("weight_"):
+                weight = values.get(name.replace("loss_", "weight_"), None) if name.startswith("loss_") else None
+                shown = f"{value:.4f}" if weight is None else f"{value:.4f} (weight {weight:.4f})"
+                self.print_to_log_file(f"{name.removeprefix('loss_')} {shown}")
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    # validation
+
+    @contextmanager
+    def _validating(self, network: nn.Module) -> Iterator[None]:
+        """Within the block nnU-Net's hooks see ``network`` instead of the student."""
+        self.network = network
+        try:
+            yield
+        finally:
+            self.network = self.method.student
+
+    def on_validation_epoch_start(self) -> None:
+        self.method.eval()
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's validation step with the deployed network, and with each part by itself."""
+        outputs = {}
+        for name, part in self.method.parts().items():
+            with self._validating(part):
+                counts = super().validation_step(_with_own_target(batch["labelled"]))
+            outputs.update({f"{count}/{name}": counts[count] for count in _COUNTS})
+        with self._validating(self.method.deployable()):
+            return {**super().validation_step(batch["labelled"]), **outputs}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        dice = {}
+        for name in self.method.parts():
+            counts = np.stack([np.sum([o[f"{count}/{name}"] for o in val_outputs], 0) for count in _COUNTS])
+            summed = sum_over_processes(torch.from_numpy(counts.astype(np.float32)).to(self.device))
+            dice[f"validation_dice_{name}"] = float(dice_from_counts(summed))
+        self._log(dice)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation, of each part by itself into ``<fold>/<part>/validation``, then of the deployed one."""
+        for name, part in self.method.parts().items():
+            self.print_to_log_file(f"Validation of {name} alone:")
+            whole, self.output_folder = self.output_folder, os.path.join(self.output_folder, file_name(name))
+            try:
+                with self._validating(part):
+                    super().perform_actual_validation(save_probabilities)
+            finally:
+                self.output_folder = whole
+        if self.method.parts():
+            self.print_to_log_file("Validation of all together:")
+        with self._validating(self.method.deployable()):
+            super().perform_actual_validation(save_probabilities)
+
+    # checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with the deployed network's weights, plus what continues the training, written whole."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoints.save_whole({
+            "network_weights": self.method.deployable().state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.__class__.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            checkpoints.KEY: checkpoints.our_part(
+                self.method.state_dict(), self.method.name, self.semi,
+                [{"optimizer": o.state_dict(), "schedule": s.state_dict()} for o, s in self.schedules[1:]]),
+        }, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Restore everything that ``save_checkpoint`` wrote. Raises UserError for another trainer's checkpoint."""
+        if not self.was_initialized:
+            self.initialize()
+        path = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "The checkpoint"
+        checkpoint = filename_or_checkpoint if isinstance(filename_or_checkpoint, dict) else \
+            torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+        ours = checkpoints.read_our_part(checkpoint, self.method.name, path)
+        for change in checkpoints.changed_settings(ours["semi"], self.semi):
+            self.print_to_log_file(f"WARNING: the checkpoint was made with another setting, {change}")
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        self.method.load_state_dict(ours["method_state"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        for (optimizer, schedule), state in zip(self.schedules[1:], ours["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self._restored = True
+
+
+def file_name(name: str) -> str:
+    """``name`` as a folder name."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def _with_own_target(batch: dict) -> dict:
+    """nnU-Net's validation step writes into the target where there is an ignore label: give it one of its own."""
+    target = batch["target"]
+    return {**batch, "target": [t.clone() for t in target] if isinstance(target, list) else target.clone()}

@@ -1,0 +1,122 @@
+"""Experiment planner that leaves room for the networks of semi-supervised training."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_semi.data.dataset_settings import read_dataset_settings
+from nnunetv2_semi.data.geometry import unlabelled_geometry
+from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
+from nnunetv2_semi.data.whole_files import read_json_object
+from nnunetv2_semi.errors import UserError
+
+
+class nnUNetPlannerSemi(ExperimentPlanner):
+    """nnU-Net's planner, with the memory target shared by all network graphs that a step holds at once.
+
+    A step holds one graph for the labelled and one for the unlabelled batch, for each modality that dataset.json names
+    under "semi": {"modalities": ...}. Each configuration says for how many was planned: "semi": {"planned_graphs": N}.
+
+    With "semi": {"plan_with_unlabelled": true} in dataset.json, shapes and spacings of unlabelled cases count like
+    those of labelled ones; intensity statistics come from labelled foreground in any case.
+
+    Args:
+        dataset_name_or_id: as for nnU-Net's planner.
+        gpu_memory_target_in_gb: of all graphs together.
+        preprocessor_name: nnU-Net's default one is replaced by the one that prepares unlabelled cases too.
+        plans_name: of the plans file.
+        overwrite_target_spacing: mm, of 3d_fullres.
+        suppress_transpose: keep the axes in the order of the images.
+
+    Raises:
+        UserError: images in imagesTr without a label, or a mistake in the object "semi" of dataset.json.
+    """
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = 8,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "nnUNetSemiPlans",
+        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        if preprocessor_name == "DefaultPreprocessor":
+            preprocessor_name = "nnUNetPreprocessorSemi"
+        raw_dataset_folder = os.path.join(nnUNet_raw, maybe_convert_to_dataset_name(dataset_name_or_id))
+        dataset_json_file = os.path.join(raw_dataset_folder, "dataset.json")
+        dataset_json = read_json_object(dataset_json_file)
+        if dataset_json is None:
+            raise UserError(f"{dataset_json_file} is missing or is not a JSON object. nnU-Net needs it to plan.")
+        check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
+        settings = read_dataset_settings(dataset_json, dataset_json_file)
+        super().__init__(
+            dataset_name_or_id,
+            gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name,
+            overwrite_target_spacing,  # type: ignore[arg-type]
+            suppress_transpose,
+        )
+        self.planned_graphs = 2 * (len(settings.modalities) if settings.modalities else 1)
+        self.UNet_vram_target_GB = gpu_memory_target_in_gb / self.planned_graphs
+        if settings.plan_with_unlabelled:
+            self._add_unlabelled_geometry()
+
+    @staticmethod
+    def static_estimate_VRAM_usage(
+        patch_size: tuple[int, ...],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict,
+        arch_kwargs_req_import: tuple[str, ...],
+    ) -> int:
+        """Number of feature map entries of one network, as nnU-Net counts them.
+
+        nnU-Net's own method sets the number of threads from nnUNet_n_proc_DA, and fails where that is 0.
+        """
+        network = get_network_from_plans(
+            arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
+        )
+        return int(network.compute_conv_feature_map_size(patch_size))
+
+    def get_plans_for_configuration(
+        self,
+        spacing: np.ndarray | tuple[float, ...] | list[float],
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict:
+        """nnU-Net's plan of one configuration, with the object "semi"."""
+        plan = super().get_plans_for_configuration(
+            spacing,  # type: ignore[arg-type]
+            median_shape,  # type: ignore[arg-type]
+            data_identifier,
+            approximate_n_voxels_dataset,
+            _cache,
+        )
+        plan["semi"] = self.semi_settings()
+        return plan
+
+    def semi_settings(self) -> dict[str, int]:
+        """The object "semi" of each configuration."""
+        return {"planned_graphs": self.planned_graphs}
+
+    def _add_unlabelled_geometry(self) -> None:
+        """Extend the fingerprint in memory; the file keeps what nnU-Net wrote."""
+        reader_name = self.determine_reader_writer().__name__
+        shapes, spacings = unlabelled_geometry(
+            self.raw_dataset_folder, self.dataset_json, reader_name, num_processes=default_num_processes
+        )
+        print(f'"plan_with_unlabelled": shapes and spacings of {len(shapes)} unlabelled cases enter the plan')
+        self.dataset_fingerprint["shapes_after_crop"] = [*self.dataset_fingerprint["shapes_after_crop"], *shapes]
+        self.dataset_fingerprint["spacings"] = [*self.dataset_fingerprint["spacings"], *spacings]

@@ -1,0 +1,98 @@
+"""Experiment planner for machines without a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .nnUNetPlannerSemi import nnUNetPlannerSemi
+
+_MAX_PATCH_VOXELS_3D = 40**3
+_MAX_PATCH_VOXELS_2D = 96**2
+_BATCH_SIZE_3D = 2
+_BATCH_SIZE_2D = 8
+
+
+class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
+    """A small preset for demonstration, teaching and tests: few features, small patches, short training.
+
+    Patches have at most 40^3 voxels (3D) or 96^2 (2D), shaped by spacing and image size as nnU-Net does. There is no
+    3d_lowres and no cascade. The memory target does not matter; the network is small however many graphs are held.
+
+    Args:
+        dataset_name_or_id: as for nnU-Net's planner.
+        gpu_memory_target_in_gb: ignored.
+        preprocessor_name: see `nnUNetPlannerSemi`.
+        plans_name: of the plans file.
+        overwrite_target_spacing: mm, of 3d_fullres.
+        suppress_transpose: keep the axes in the order of the images.
+
+    Raises:
+        UserError: see `nnUNetPlannerSemi`.
+    """
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = 8,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "nnUNetSemiCPUPlans",
+        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_name_or_id,
+            gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
+        self.UNet_base_num_features = 8
+        self.UNet_max_features_2d = 64
+        self.UNet_max_features_3d = 64
+        self.UNet_blocks_per_stage_encoder = (1,) + (2,) * 13
+        self.UNet_blocks_per_stage_decoder = (1,) * 13
+        self.lowres_creation_threshold = 0.0
+        # nnU-Net shrinks the patch until its cost for a batch of two is below a reference. Here cost is the number of
+        # voxels (see static_estimate_VRAM_usage), so the reference is the largest number allowed.
+        self.UNet_vram_target_GB = self.UNet_reference_val_corresp_GB
+        self.UNet_reference_val_3d = _MAX_PATCH_VOXELS_3D
+        self.UNet_reference_val_2d = _MAX_PATCH_VOXELS_2D
+        self.UNet_reference_val_corresp_bs_3d = 2
+        self.UNet_reference_val_corresp_bs_2d = 2
+
+    @staticmethod
+    def static_estimate_VRAM_usage(
+        patch_size: tuple[int, ...],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict,
+        arch_kwargs_req_import: tuple[str, ...],
+    ) -> int:
+        """Number of voxels of the patch: what limits this preset is time, not memory."""
+        return int(np.prod(patch_size))
+
+    def get_plans_for_configuration(
+        self,
+        spacing: np.ndarray | tuple[float, ...] | list[float],
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict:
+        """The plan of one configuration, with a fixed batch size."""
+        plan = super().get_plans_for_configuration(
+            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
+        )
+        plan["batch_size"] = _BATCH_SIZE_2D if len(spacing) == 2 else _BATCH_SIZE_3D
+        return plan
+
+    def semi_settings(self) -> dict[str, int]:
+        """The object "semi" of each configuration, with a training short enough for a CPU."""
+        return {
+            **super().semi_settings(),
+            "num_epochs": 50,
+            "num_iterations_per_epoch": 50,
+            "num_val_iterations_per_epoch": 8,
+        }

@@ -1,0 +1,58 @@
+"""Preprocessor that prepares unlabelled cases along with the labelled ones."""
+
+from __future__ import annotations
+
+import os
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_semi.data.preprocessing import check_case_names, prepare_unlabelled
+from nnunetv2_semi.data.whole_files import read_json_object
+from nnunetv2_semi.errors import UserError
+
+
+class nnUNetPreprocessorSemi(DefaultPreprocessor):
+    """nnU-Net's default preprocessor; labelled cases come out the same, byte for byte.
+
+    `run` then prepares the cases in imagesUn, if there are any, as the trainers would do on first use.
+    """
+
+    def run(
+        self, dataset_name_or_id: int | str, configuration_name: str, plans_identifier: str, num_processes: int
+    ) -> None:
+        """Preprocess all labelled cases, and those unlabelled cases that are new or changed.
+
+        Args:
+            dataset_name_or_id: of a data set in nnUNet_raw that has been planned.
+            configuration_name: of the plans.
+            plans_identifier: name of the plans file.
+            num_processes: of either part.
+
+        Raises:
+            UserError: see `nnunetv2_semi.data.preprocessing.prepare_unlabelled`.
+        """
+        dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
+        preprocessed_dataset_folder = os.path.join(nnUNet_preprocessed, dataset_name)
+        dataset_json_file = os.path.join(preprocessed_dataset_folder, "dataset.json")
+        dataset_json = read_json_object(dataset_json_file)
+        if dataset_json is None:
+            raise UserError(f"{dataset_json_file} is missing. Plan the data set first (nnUNetv2_plan_experiment).")
+        # cheap checks first: labelled cases may take hours
+        unlabelled = check_case_names(os.path.join(nnUNet_raw, dataset_name), preprocessed_dataset_folder, dataset_json)
+        super().run(dataset_name_or_id, configuration_name, plans_identifier, num_processes)
+        if not unlabelled:
+            return
+        plans_manager = PlansManager(os.path.join(preprocessed_dataset_folder, plans_identifier + ".json"))
+        configuration_manager = plans_manager.get_configuration(configuration_name)
+        prepare_unlabelled(
+            plans_manager,
+            configuration_manager,
+            dataset_json,
+            num_processes=num_processes,
+            skip_unreadable=bool(configuration_manager.configuration.get("semi", {}).get("skip_unreadable", False)),
+            show_progress_bar=self.show_progress_bar,
+            preprocessor_class=type(self),
+        )

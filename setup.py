@@ -1,0 +1,80 @@
+"""Packaging: puts trainers/ and planners/ where nnU-Net searches, so that no environment variable is needed."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).resolve().parent
+NNUNET_FOLDERS = {
+    "nnunetv2.training.nnUNetTrainer.semi": "trainers",
+    "nnunetv2.experiment_planning.semi": "planners",
+    "nnunetv2.preprocessing.semi": "planners/preprocessing",
+}
+
+
+class EditableWheelWithoutNnunet(editable_wheel):
+    """An editable install maps nnunetv2_semi alone.
+
+    nnU-Net reads folders, not import hooks, so the mapped packages would not be found; and the hooks that setuptools
+    writes for them declare a namespace package called nnunetv2, which hides an nnU-Net that is itself editable.
+    `nnunetv2_semi link` makes the classes visible instead.
+    """
+
+    def run(self) -> None:
+        self.distribution.packages = [name for name in self.distribution.packages if name not in NNUNET_FOLDERS]
+        self.distribution.package_dir = {}
+        super().run()
+
+
+def read(name: str) -> str:
+    path = ROOT / name
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def version() -> str:
+    found = re.search(r'^__version__ = "([^"]+)"', read("nnunetv2_semi/__init__.py"), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("nnunetv2_semi/__init__.py defines no __version__")
+    return found.group(1)
+
+
+setup(
+    name="nnunetv2-semi",
+    version=version(),
+    description="Semi-supervised training inside nnU-Net v2: unlabelled images, found by nnU-Net's own commands.",
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["nnunetv2_semi", "nnunetv2_semi.*"]), *NNUNET_FOLDERS],
+    package_dir=NNUNET_FOLDERS,
+    install_requires=[
+        "nnunetv2>=2.8,<2.9",
+        "torch",
+        "batchgenerators",
+        "batchgeneratorsv2",
+        "SimpleITK",
+        "acvl-utils",
+        "dynamic-network-architectures",
+        "blosc2",
+        "matplotlib",
+        "nibabel",
+        "numpy",
+        "scipy",
+        "threadpoolctl",
+        "tqdm",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff>=0.6", "mypy>=1.10"]},
+    entry_points={"console_scripts": ["nnunetv2_semi = nnunetv2_semi.cli:main"]},
+    cmdclass={"editable_wheel": EditableWheelWithoutNnunet},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)

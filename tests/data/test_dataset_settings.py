@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from nnunetv2_semi.data.dataset_settings import DatasetSettings, read_dataset_settings
+from nnunetv2_semi.errors import UserError
+
+BASE = {"channel_names": {"0": "CT", "1": "T1", "2": "T2"}}
+
+
+def test_without_the_object_all_is_default():
+    assert read_dataset_settings(BASE) == DatasetSettings(None, {}, False)
+
+
+def test_values_are_read():
+    semi = {"modalities": {"CT": [0], "MR": [1, 2]}, "domains": {"a": "A_*", "b": ["B_*", "C_*"]}}
+    settings = read_dataset_settings(dict(BASE, semi=semi | {"plan_with_unlabelled": True}))
+    assert settings.modalities == {"CT": (0,), "MR": (1, 2)}
+    assert settings.domains == {"a": ("A_*",), "b": ("B_*", "C_*")}
+    assert settings.plan_with_unlabelled is True
+
+
+@pytest.mark.parametrize(
+    ("semi", "message"),
+    [
+        ({"modality": {}}, '"modality".*"modalities", "domains", "plan_with_unlabelled"'),
+        ([], "must be an object"),
+        ({"modalities": {}}, '"modalities" must name'),
+        ({"modalities": {"CT": 0}}, "'CT'"),
+        ({"modalities": {"CT": [True]}}, "'CT'"),
+        ({"modalities": {"CT": [3]}}, "channel 3.*0 to 2"),
+        ({"modalities": {"CT": [0], "MR": [0, 1]}}, "channel 0 twice"),
+        ({"domains": {"a": 1}}, "'a'"),
+        ({"plan_with_unlabelled": "yes"}, "\"plan_with_unlabelled\".*'yes'"),
+    ],
+)
+def test_mistakes_are_named(semi, message):
+    with pytest.raises(UserError, match=message):
+        read_dataset_settings(dict(BASE, semi=semi))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import gzip
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunetv2_semi.data.file_integrity import check_file_complete
+
+
+@pytest.fixture
+def image():
+    return sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32))
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "nii", "nrrd"])
+def test_a_whole_file_passes(tmp_path, image, ending):
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteImage(image, str(path))
+    assert check_file_complete(str(path)) is None
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "nii"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_a_truncated_nifti_is_refused(tmp_path, image, ending, kept):
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteImage(image, str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises((OSError, EOFError, nibabel.filebasedimages.ImageFileError)):
+        check_file_complete(str(path))
+
+
+def test_a_whole_stream_with_too_little_in_it_is_refused(tmp_path, image):
+    path = tmp_path / "a.nii"
+    sitk.WriteImage(image, str(path))
+    cut = tmp_path / "b.nii.gz"
+    cut.write_bytes(gzip.compress(path.read_bytes()[:-4]))
+    with pytest.raises(OSError, match="cut off"):
+        check_file_complete(str(cut))
+
+
+def test_a_flipped_byte_in_the_stream_is_refused(tmp_path, image):
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(sitk_bytes(tmp_path, image), compresslevel=0))
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(OSError, match="CRC"):
+        check_file_complete(str(path))
+
+
+def sitk_bytes(folder, image):
+    sitk.WriteImage(image, str(folder / "plain.nii"))
+    return (folder / "plain.nii").read_bytes()

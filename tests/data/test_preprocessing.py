@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+
+import blosc2
+import numpy as np
+import pytest
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnunetv2_semi.data.preprocessing import prepare_unlabelled
+from nnunetv2_semi.errors import UserError
+
+CASES = ["un_a", "un_b", "un_c"]
+
+
+@pytest.fixture
+def preprocessed_cases(monkeypatch):
+    """Names of the cases that were preprocessed in this process."""
+    done = []
+    run_case_save = DefaultPreprocessor.run_case_save
+
+    def recorded(self, target, *args):
+        done.append(os.path.basename(target))
+        return run_case_save(self, target, *args)
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_save", recorded)
+    return done
+
+
+def prepare(tiny, **options):
+    options = {"num_processes": 1, "report": lambda line: None, "show_progress_bar": False} | options
+    return prepare_unlabelled(*tiny.managers(), tiny.dataset_json, **options)
+
+
+def raw_file(tiny, case, channel=0):
+    return tiny.raw_folder / "imagesUn" / f"{case}_{channel:04d}.nii.gz"
+
+
+def test_cases_are_as_nnunet_preprocesses_a_case_without_label(tiny):
+    cases = prepare(tiny)
+    assert cases.identifiers == CASES
+    assert cases.skipped == []
+    assert cases.folder == str(tiny.unlabelled_folder)
+    plans_manager, configuration = tiny.managers()
+    files = [str(raw_file(tiny, "un_b", channel)) for channel in range(2)]
+    expected, mask, _ = DefaultPreprocessor(False).run_case(
+        files, None, plans_manager, configuration, tiny.dataset_json
+    )
+    dataset_class = infer_dataset_class(cases.folder)
+    image, seg, _, properties = dataset_class(cases.folder, cases.identifiers).load_case("un_b")
+    np.testing.assert_array_equal(image[:], expected)
+    np.testing.assert_array_equal(seg[:], mask)
+    assert properties["class_locations"] == {}
+    assert not (tiny.preprocessed_folder / "Plans_3d_fullres").exists()
+
+
+def test_nothing_is_done_twice(tiny, preprocessed_cases):
+    prepare(tiny)
+    assert preprocessed_cases == CASES
+    touched = raw_file(tiny, "un_a")
+    os.utime(touched, ns=(1, 1))  # the same content, as after a copy
+    assert prepare(tiny).identifiers == CASES
+    assert preprocessed_cases == CASES
+
+
+def test_only_a_case_whose_raw_file_changed_is_done_again(tiny, preprocessed_cases):
+    prepare(tiny)
+    preprocessed_cases.clear()
+    before = blosc2.open(str(tiny.unlabelled_folder / "un_b.b2nd"))[:]
+    tiny.add_unlabelled("un_b", seed=99)
+    prepare(tiny)
+    assert preprocessed_cases == ["un_b"]
+    assert not np.array_equal(blosc2.open(str(tiny.unlabelled_folder / "un_b.b2nd"))[:], before)
+
+
+def test_a_lost_file_is_made_again(tiny, preprocessed_cases):
+    prepare(tiny)
+    preprocessed_cases.clear()
+    (tiny.unlabelled_folder / "un_c_seg.b2nd").unlink()
+    prepare(tiny)
+    assert preprocessed_cases == ["un_c"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "again"),
+    [("spacing", [1.5, 1.0, 1.0], CASES), ("use_mask_for_norm", [True, True], CASES), ("patch_size", [8, 8, 8], [])],
+)
+def test_a_change_of_plans_matters_if_images_depend_on_it(tiny, preprocessed_cases, key, value, again):
+    prepare(tiny)
+    preprocessed_cases.clear()
+    tiny.plans["configurations"]["3d_fullres"][key] = value
+    prepare(tiny)
+    assert preprocessed_cases == again
+
+
+def test_a_case_taken_out_of_imagesUn_is_not_used_any_more(tiny, monkeypatch):
+    prepare(tiny)
+    for channel in range(2):
+        raw_file(tiny, "un_b", channel).unlink()
+    assert prepare(tiny).identifiers == ["un_a", "un_c"]
+    shutil.rmtree(tiny.raw)
+    assert prepare(tiny).identifiers == ["un_a", "un_c"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def test_all_unreadable_files_are_named_after_the_others_are_done(tiny, preprocessed_cases):
+    truncate(raw_file(tiny, "un_a", 1))
+    truncate(raw_file(tiny, "un_c", 0))
+    with pytest.raises(UserError) as error:
+        prepare(tiny)
+    assert "un_a_0001.nii.gz" in str(error.value) and "un_c_0000.nii.gz" in str(error.value)
+    assert "un_b" not in str(error.value) and "skip_unreadable" in str(error.value)
+    assert preprocessed_cases == ["un_b"]
+
+
+def test_unreadable_cases_are_left_out_with_a_warning_if_so_set(tiny):
+    truncate(raw_file(tiny, "un_a", 1))
+    lines = []
+    cases = prepare(tiny, skip_unreadable=True, report=lines.append)
+    assert cases.identifiers == ["un_b", "un_c"]
+    assert cases.skipped == ["un_a"]
+    assert any("WARNING" in line and "un_a_0001.nii.gz" in line for line in lines)
+
+
+def test_channels_of_different_shape_count_as_unreadable(tiny):
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32))
+    sitk.WriteImage(image, str(raw_file(tiny, "un_c", 1)))
+    with pytest.raises(UserError, match="un_c.*shape"):
+        prepare(tiny)
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "other files"])
+def test_without_unlabelled_cases_the_message_says_where_and_how(tiny, state):
+    shutil.rmtree(tiny.raw_folder / "imagesUn")
+    if state != "absent":
+        (tiny.raw_folder / "imagesUn").mkdir()
+    if state == "other files":
+        (tiny.raw_folder / "imagesUn" / "scan_0000.mha").touch()
+    with pytest.raises(UserError, match=r"imagesUn.*CASE_0000\.nii\.gz"):
+        prepare(tiny)
+
+
+def test_a_case_that_is_labelled_too_is_refused(tiny, preprocessed_cases):
+    tiny.add_unlabelled("lab_b", seed=50)
+    with pytest.raises(UserError, match="lab_b"):
+        prepare(tiny)
+    assert preprocessed_cases == []
+
+
+def test_a_case_of_the_splits_is_refused(tiny):
+    splits = [{"train": ["lab_a"], "val": ["un_c"]}]
+    (tiny.preprocessed_folder / "splits_final.json").write_text(json.dumps(splits))
+    with pytest.raises(UserError, match="un_c.*splits_final.json|splits_final.json.*un_c"):
+        prepare(tiny)
+
+
+def test_a_labelled_image_under_another_name_is_refused(tiny, preprocessed_cases):
+    shutil.copy(tiny.raw_folder / "imagesTr" / "lab_a_0001.nii.gz", raw_file(tiny, "un_b", 1))
+    with pytest.raises(UserError, match=r"un_b_0001\.nii\.gz = lab_a_0001\.nii\.gz"):
+        prepare(tiny)
+    assert preprocessed_cases == []
+
+
+def test_an_unlabelled_image_present_twice_is_reported(tiny):
+    for channel in range(2):
+        shutil.copy(raw_file(tiny, "un_a", channel), raw_file(tiny, "un_c", channel))
+    lines = []
+    assert prepare(tiny, report=lines.append).identifiers == CASES
+    assert any("un_c_0000.nii.gz and un_a_0000.nii.gz" in line for line in lines)
+
+
+def test_without_raw_data_finished_cases_are_used(tiny, monkeypatch):
+    prepare(tiny)
+    (tiny.unlabelled_folder / "un_b.b2nd").unlink()
+    monkeypatch.delenv("nnUNet_raw")
+    lines = []
+    assert prepare(tiny, report=lines.append).identifiers == ["un_a", "un_c"]
+    assert any("raw data set is not here" in line for line in lines)
+    tiny.plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+    with pytest.raises(UserError, match="no preprocessed unlabelled case for these plans"):
+        prepare(tiny)
+
+
+def test_without_raw_data_a_case_that_is_labelled_too_is_refused(tiny, monkeypatch):
+    prepare(tiny)
+    monkeypatch.delenv("nnUNet_raw")
+    labelled = tiny.preprocessed_folder / "Plans_3d_fullres"
+    labelled.mkdir()
+    for name in ("un_b.b2nd", "un_b_seg.b2nd", "un_b.pkl"):
+        (labelled / name).touch()
+    with pytest.raises(UserError, match="un_b"):
+        prepare(tiny)
+
+
+def test_a_preprocessor_that_nnunet_does_not_find_is_named(tiny):
+    tiny.plans["configurations"]["3d_fullres"]["preprocessor_name"] = "NoSuchPreprocessor"
+    with pytest.raises(UserError, match="NoSuchPreprocessor.*doctor"):
+        prepare(tiny)
+
+
+def test_a_failure_of_preprocessing_is_not_skipped_as_unreadable(tiny, monkeypatch):
+    def no_space(self, *args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_save", no_space)
+    with pytest.raises(RuntimeError, match="un_a.*No space left"):
+        prepare(tiny, skip_unreadable=True)
+
+
+KILLED_SCRIPT = """
+import json, os, time
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2_semi.data.preprocessing import prepare_unlabelled
+
+class SlowPreprocessor(DefaultPreprocessor):
+    def run_case_save(self, target, *args):
+        super().run_case_save(target, *args)
+        if not target.endswith(("un_a", "un_b")):
+            time.sleep(1000)  # all its files are written, none is in place
+
+if __name__ == "__main__":
+    folder = os.path.join(os.environ["nnUNet_preprocessed"], "Dataset001_Tiny")
+    plans_manager = PlansManager(os.path.join(folder, "Plans.json"))
+    with open(os.path.join(folder, "dataset.json")) as file:
+        dataset_json = json.load(file)
+    prepare_unlabelled(plans_manager, plans_manager.get_configuration("3d_fullres"), dataset_json, num_processes=2,
+                       preprocessor_class=SlowPreprocessor)
+"""
+
+
+def test_after_a_kill_finished_cases_are_whole_and_only_the_others_are_done(tiny, processes, preprocessed_cases):
+    tiny.add_unlabelled("un_d", seed=14)
+    process = processes.start(KILLED_SCRIPT)
+    records = tiny.unlabelled_folder / "records"
+    unfinished = tiny.unlabelled_folder / "unfinished"
+
+    def in_the_middle():
+        return {"un_a.json", "un_b.json"} <= set(os.listdir(records)) and len(list(unfinished.glob("*/*.pkl"))) == 2
+
+    assert processes.wait_until(lambda: records.is_dir() and in_the_middle(), 120), process.poll()
+    workers = processes.children(process.pid)
+    processes.seen.update(workers)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(workers) >= 2
+    assert processes.wait_until(lambda: not any(map(processes.is_running, workers)), 20)
+
+    finished = sorted(path.name for path in tiny.unlabelled_folder.iterdir() if path.is_file())
+    assert finished == sorted(f"{case}{end}" for case in ("un_a", "un_b") for end in (".b2nd", "_seg.b2nd", ".pkl"))
+    for case in ("un_a", "un_b"):
+        assert np.isfinite(blosc2.open(str(tiny.unlabelled_folder / f"{case}.b2nd"))[:]).all()
+        pickle.loads((tiny.unlabelled_folder / f"{case}.pkl").read_bytes())
+
+    assert prepare(tiny).identifiers == [*CASES, "un_d"]
+    assert preprocessed_cases == ["un_c", "un_d"]
+
+
+def test_a_worker_killed_by_the_system_is_explained(tiny, processes):
+    source = KILLED_SCRIPT.replace("time.sleep(1000)", "os.kill(os.getpid(), 9)")
+    _, errors = processes.start(source).communicate(timeout=120)
+    assert "UserError" in errors and "fewer processes" in errors

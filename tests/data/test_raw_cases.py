@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+
+from nnunetv2_semi.data.raw_cases import (
+    check_labelled_images_have_labels,
+    check_names_are_unlabelled,
+    labelled_images_without_label,
+    list_labelled_cases,
+    list_unlabelled_cases,
+)
+from nnunetv2_semi.errors import UserError
+
+TWO_CHANNELS = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
+
+
+def touch(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def test_channels_come_in_order_and_other_files_are_ignored(tmp_path):
+    names = ["b_0001.nii.gz", "b_0000.nii.gz", "a_x_0000.nii.gz", "a_x_0001.nii.gz"]
+    touch(tmp_path / "imagesUn", *names, "._a_0000.nii.gz", "a.json")
+    cases = list_unlabelled_cases(str(tmp_path), TWO_CHANNELS)
+    assert list(cases) == ["a_x", "b"]
+    assert [path.rsplit("/")[-1] for path in cases["b"]] == ["b_0000.nii.gz", "b_0001.nii.gz"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_no_folder_or_an_empty_one_is_no_case(tmp_path, exists):
+    if exists:
+        (tmp_path / "imagesUn").mkdir()
+    assert list_unlabelled_cases(str(tmp_path), TWO_CHANNELS) == {}
+
+
+def test_all_missing_channels_are_named_in_one_message(tmp_path):
+    touch(tmp_path / "imagesUn", "a_0000.nii.gz", "b_0001.nii.gz", "c_0000.nii.gz", "c_0001.nii.gz")
+    with pytest.raises(UserError) as error:
+        list_unlabelled_cases(str(tmp_path), TWO_CHANNELS)
+    assert "a_0001.nii.gz" in str(error.value)
+    assert "b_0000.nii.gz" in str(error.value)
+    assert "c_000" not in str(error.value)
+
+
+def test_an_image_without_channel_number_is_named_with_the_rule(tmp_path):
+    touch(tmp_path / "imagesUn", "scan7.nii.gz")
+    with pytest.raises(UserError, match=r"scan7\.nii\.gz.*CASE_0000\.nii\.gz to CASE_0001\.nii\.gz"):
+        list_unlabelled_cases(str(tmp_path), TWO_CHANNELS)
+
+
+def test_a_channel_that_the_data_set_does_not_have_is_named(tmp_path):
+    touch(tmp_path / "imagesUn", "a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz")
+    with pytest.raises(UserError, match=r"a_0002\.nii\.gz"):
+        list_unlabelled_cases(str(tmp_path), TWO_CHANNELS)
+
+
+def test_labelled_images_without_label_are_named_and_sent_to_imagesUn(tmp_path):
+    touch(tmp_path / "imagesTr", *[f"{case}_{channel}.nii.gz" for case in "abc" for channel in ("0000", "0001")])
+    touch(tmp_path / "labelsTr", "b.nii.gz")
+    assert labelled_images_without_label(str(tmp_path), TWO_CHANNELS) == ["a", "c"]
+    with pytest.raises(UserError, match=r"a, c.*imagesUn"):
+        check_labelled_images_have_labels(str(tmp_path), TWO_CHANNELS)
+    touch(tmp_path / "labelsTr", "a.nii.gz", "c.nii.gz")
+    check_labelled_images_have_labels(str(tmp_path), TWO_CHANNELS)
+
+
+def test_cases_listed_in_dataset_json_are_the_labelled_ones(tmp_path):
+    touch(tmp_path / "elsewhere", "x.nii.gz", "y.nii.gz", "x_label.nii.gz")
+    entries = {
+        "x": {"images": ["elsewhere/x.nii.gz"], "label": "elsewhere/x_label.nii.gz"},
+        "y": {"images": ["elsewhere/y.nii.gz"], "label": "elsewhere/y_label.nii.gz"},
+    }
+    dataset_json = dict(TWO_CHANNELS, dataset=entries)
+    assert list_labelled_cases(str(tmp_path), dataset_json)["x"] == [str(tmp_path / "elsewhere/x.nii.gz")]
+    assert labelled_images_without_label(str(tmp_path), dataset_json) == ["y"]
+    assert dataset_json["dataset"]["x"]["images"] == ["elsewhere/x.nii.gz"]
+
+
+def test_a_name_that_is_labelled_and_unlabelled_is_refused():
+    check_names_are_unlabelled(["a"], ["b"], "imagesTr")
+    with pytest.raises(UserError, match="b, d.*remove"):
+        check_names_are_unlabelled(["a", "b", "d"], ["d", "b", "c"], "imagesTr")

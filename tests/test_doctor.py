@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+
+from nnunetv2_semi import doctor
+from nnunetv2_semi.data.phantom import make_phantom_dataset
+from nnunetv2_semi.doctor import environment
+from nnunetv2_semi.doctor.checks import Check, Level, listed, ok, problem, verdict, warning
+from nnunetv2_semi.doctor.dataset import check_dataset
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    raw = tmp_path_factory.mktemp("raw")
+    return make_phantom_dataset(raw, 7, "Phantom", labelled=5, unlabelled=3, test=2, shape=(12, 12, 14), channels=2)
+
+
+@pytest.fixture
+def dataset(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of one's own to damage: 5 labelled, 3 unlabelled and 2 test cases of two channels."""
+    for variable in environment.FOLDER_VARIABLES:
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return Path(shutil.copytree(healthy, tmp_path / "nnUNet_raw" / healthy.name))
+
+
+def findings(level: Level, dataset: str = "7") -> list[Check]:
+    return [check for check in check_dataset(dataset) if check.level is level]
+
+
+def only(checks: list[Check]) -> Check:
+    assert len(checks) == 1, [check.line() for check in checks]
+    return checks[0]
+
+
+def edit_json(dataset: Path, **changes: object) -> None:
+    path = dataset / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def images(dataset: Path, folder: str) -> list[Path]:
+    return sorted((dataset / folder).glob("*.nii.gz"))
+
+
+def rewrite(path: Path, change_spacing: bool = False, crop: bool = False, constant: int | None = None) -> None:
+    image = sitk.ReadImage(str(path))
+    voxels = sitk.GetArrayFromImage(image)
+    if crop:
+        voxels = voxels[:-1]
+    if constant is not None:
+        voxels[:] = constant
+    changed = sitk.GetImageFromArray(voxels)
+    changed.SetSpacing([size * (2 if change_spacing else 1) for size in image.GetSpacing()])
+    sitk.WriteImage(changed, str(path))
+
+
+def test_a_healthy_data_set_passes_and_is_described(dataset: Path) -> None:
+    checks = list(check_dataset("7"))
+    assert [check.line() for check in checks if check.level is not Level.OK] == []
+    text = "\n".join(check.line() for check in checks)
+    assert "5 labelled cases" in text and "3 unlabelled cases" in text and "2 test cases" in text
+    assert "all 25 image and label files can be read" in text
+    assert "T1" in text and "T2" in text
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "imagesUn", "labelsTr"])
+def test_every_truncated_file_is_named(dataset: Path, folder: str) -> None:
+    damaged = images(dataset, folder)[:2]
+    for path in damaged:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 3 // 4])
+    found = findings(Level.PROBLEM)
+    assert [str(path) in check.finding for path, check in zip(damaged, found, strict=True)] == [True, True]
+    assert all("truncated" in check.finding and check.remedy for check in found)
+
+
+def test_a_truncated_test_image_is_a_warning(dataset: Path) -> None:
+    path = images(dataset, "imagesTs")[0]
+    path.write_bytes(path.read_bytes()[:-30])
+    assert findings(Level.PROBLEM) == []
+    assert str(path) in only(findings(Level.WARNING)).finding
+
+
+def test_a_missing_channel_is_found(dataset: Path) -> None:
+    labelled, unlabelled = images(dataset, "imagesTr")[1], images(dataset, "imagesUn")[1]
+    labelled.unlink()
+    assert labelled.name.removesuffix("_0001.nii.gz") in only(findings(Level.PROBLEM)).finding
+    unlabelled.unlink()
+    text = "\n".join(check.finding for check in findings(Level.PROBLEM))
+    assert unlabelled.name in text
+
+
+def test_no_unlabelled_images_says_where_and_how_to_name_them(dataset: Path) -> None:
+    shutil.rmtree(dataset / "imagesUn")
+    found = only(findings(Level.PROBLEM))
+    assert str(dataset / "imagesUn") in found.finding
+    assert "_0000.nii.gz" in found.remedy and "_0001.nii.gz" in found.remedy
+
+
+def test_an_unlabelled_image_that_is_a_labelled_one_is_a_problem(dataset: Path) -> None:
+    for channel in range(2):
+        source = next((dataset / "imagesTr").glob(f"*_000{channel}.nii.gz"))
+        image = sitk.ReadImage(str(source))
+        # other bytes, same voxels
+        sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32), str(dataset / "imagesUn" / f"other_000{channel}.nii.gz"))
+    found = only(findings(Level.PROBLEM))
+    assert "other_0000.nii.gz" in found.finding and source.name[:-12] in found.finding
+
+
+def test_an_unlabelled_or_test_image_that_is_there_twice_is_a_warning(dataset: Path) -> None:
+    for channel in range(2):
+        unlabelled = sorted((dataset / "imagesUn").glob(f"*_000{channel}.nii.gz"))[0]
+        shutil.copy(unlabelled, dataset / "imagesUn" / f"again_000{channel}.nii.gz")
+        test = sorted((dataset / "imagesTs").glob(f"*_000{channel}.nii.gz"))[0]
+        shutil.copy(unlabelled, test)
+    assert findings(Level.PROBLEM) == []
+    text = "\n".join(check.finding for check in findings(Level.WARNING))
+    assert "again_000" in text and "test cases are training cases" in text
+
+
+def test_images_without_label_are_named_with_where_to_move_them(dataset: Path) -> None:
+    label = images(dataset, "labelsTr")[2]
+    label.unlink()
+    edit_json(dataset, numTraining=4)
+    found = only(findings(Level.PROBLEM))
+    assert label.name.removesuffix(".nii.gz") in found.finding
+    assert str(dataset / "imagesUn") in found.remedy
+
+
+def test_a_label_without_image_is_named(dataset: Path) -> None:
+    shutil.copy(images(dataset, "labelsTr")[0], dataset / "labelsTr" / "orphan.nii.gz")
+    assert "orphan" in only(findings(Level.WARNING)).finding
+
+
+def test_fewer_than_five_labelled_cases_cannot_be_cross_validated(dataset: Path) -> None:
+    case = images(dataset, "labelsTr")[0].name.removesuffix(".nii.gz")
+    for path in [dataset / "labelsTr" / f"{case}.nii.gz", *(dataset / "imagesTr").glob(f"{case}_*")]:
+        path.unlink()
+    edit_json(dataset, numTraining=4)
+    found = only(findings(Level.WARNING))
+    assert "4 labelled cases" in found.finding and "`all`" in found.remedy
+
+
+@pytest.mark.parametrize("change", ["crop", "change_spacing"])
+@pytest.mark.parametrize(("folder", "index"), [("imagesTr", 1), ("imagesUn", 1), ("labelsTr", 0)])
+def test_shape_or_spacing_that_differs_within_a_case_is_found(
+    dataset: Path, folder: str, index: int, change: str
+) -> None:
+    path = images(dataset, folder)[index]
+    rewrite(path, crop=change == "crop", change_spacing=change == "change_spacing")
+    found = only(findings(Level.PROBLEM))
+    assert ("shape" if change == "crop" else "spacing") in found.finding
+    assert path.name.removesuffix(".nii.gz").removesuffix("_0001") in found.finding
+
+
+def test_unknown_label_values_are_named(dataset: Path) -> None:
+    path = images(dataset, "labelsTr")[0]
+    rewrite(path, constant=77)
+    found = only(findings(Level.PROBLEM))
+    assert path.name.removesuffix(".nii.gz") in found.finding and "77" in found.finding
+
+
+def test_unknown_keys_and_modalities_of_dataset_json(dataset: Path) -> None:
+    edit_json(dataset, semi={"modality": {"T1": [0]}})
+    assert "modality" in only(findings(Level.PROBLEM)).finding
+    edit_json(dataset, semi={"modalities": {"both": [0, 1]}})
+    assert any("both (channels 0, 1)" in check.finding for check in findings(Level.OK))
+
+
+def test_dataset_json_that_cannot_be_used(dataset: Path) -> None:
+    (dataset / "dataset.json").write_text("{not json")
+    assert "dataset.json" in only(findings(Level.PROBLEM)).finding
+    (dataset / "dataset.json").write_text("{}")
+    assert "file_ending" in only(findings(Level.PROBLEM)).finding
+
+
+def test_an_unknown_data_set_is_a_problem(dataset: Path) -> None:
+    assert "99" in only(findings(Level.PROBLEM, "99")).finding
+    assert only(findings(Level.PROBLEM, "Dataset099_None")).remedy
+
+
+def test_unset_missing_and_read_only_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "absent"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    levels = {check.finding.split("=")[0].split()[0]: check.level for check in environment.check_folders()}
+    assert levels == {
+        "nnUNet_raw": Level.PROBLEM,
+        "nnUNet_preprocessed": Level.PROBLEM,
+        "nnUNet_results": Level.OK,
+    }
+    monkeypatch.setattr(environment, "_is_writable", lambda folder: False)
+    assert [check.level for check in environment.check_folders()] == [Level.PROBLEM] * 3
+
+
+def test_torchvision_for_another_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    found = environment.check_torchvision("2.9+cpu")
+    assert found.level is Level.PROBLEM
+    assert "nms" in found.finding and "pip install --force-reinstall torch torchvision" in found.remedy
+
+
+def test_a_class_that_nnunet_does_not_find_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "TRAINERS", ("nnUNetTrainer", "nnUNetTrainerThatIsNowhere"))
+    monkeypatch.setattr(environment, "PLANNING", ("ExperimentPlanner",))
+    monkeypatch.setattr(environment, "PREPROCESSING", ("DefaultPreprocessor",))
+    checks = list(environment.check_visibility())
+    assert [check.level for check in checks] == [Level.PROBLEM, Level.OK, Level.OK]
+    assert "nnUNetTrainerThatIsNowhere" in checks[0].finding and "nnunetv2_semi link" in checks[0].remedy
+
+
+def test_the_exit_status_tells_whether_training_would_fail(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "check_environment", lambda: iter([ok("all fine")]))
+    args = argparse.Namespace(dataset="7")
+    assert doctor.run(args) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Verdict: ready for training."
+    shutil.rmtree(dataset / "imagesUn")
+    assert doctor.run(args) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Verdict: 1 problem found")
+
+
+def test_warnings_alone_do_not_fail() -> None:
+    assert verdict([ok("a"), warning("b")]) == "Verdict: ready for training (1 warning above)."
+    assert "2 problems" in verdict([problem("a", "b"), problem("c", "d")])
+
+
+def test_long_lists_are_cut() -> None:
+    assert listed(range(3), at_most=2) == "0, 1 and 1 more"
