@@ -17,11 +17,13 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_semi.commands import CommandFailed, Progress, command_path, ended_by_sigterm, finished_epochs, run_logged
-from nnunetv2_semi.data.phantom import LABELS, MODALITIES, make_phantom_dataset
+from nnunetv2_semi.data.phantom import make_phantom_dataset
+from nnunetv2_semi.data.phantom_anatomy import LABELS, MODALITIES
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.training_time import iterations_for, seconds_per_pass
 
 LABELLED, UNLABELLED, TEST = 4, 18, 6
-SHAPE = (40, 48, 40)
+SHAPE = (32, 40, 32)
 DATASET_ID = 1
 CONFIGURATION = "3d_fullres"
 COMMANDS = ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict")
@@ -33,15 +35,7 @@ EPOCHS = 10
 SHOWN_CASES = 3
 
 DEFAULT_MINUTES = 4.5
-SMALLEST_MINUTES = 2.5
-# What the time is spent on, measured on two cores: commands' start-up, validation and prediction; network passes in one
-# iteration of each trainer, added up; augmentation and optimiser in these two iterations.
-SECONDS_BESIDE_TRAINING = 130.0
-PASSES_PER_ITERATION = 7.0
-SECONDS_PER_ITERATION = 0.1
-ITERATION_RANGE = (20, 2000)
-TIMED_PASSES = 5
-
+SMALLEST_MINUTES = 3.0
 # Dice per structure per case.
 DicePerCase = dict[str, dict[str, float]]
 
@@ -119,7 +113,7 @@ class Demo:
         self.commands = commands
         self.device = device
         self.seed = seed
-        self.minutes = minutes
+        self.end = time.monotonic() + 60 * minutes
         self.picture = picture
         self.folders = _nnunet_folders(work)
         self.logs = work / "logs"
@@ -133,6 +127,8 @@ class Demo:
             "nnUNet_compile": "f",
             "nnUNet_wandb_enabled": "0",
             "PYTHONUNBUFFERED": "1",
+            # Threads that spin while they wait bring training to a standstill where other programs run too.
+            "OMP_WAIT_POLICY": "PASSIVE",
         }
 
     def run(self) -> None:
@@ -145,8 +141,7 @@ class Demo:
             self.folders["nnUNet_raw"], DATASET_ID, labelled=LABELLED, unlabelled=UNLABELLED, test=TEST,
             shape=SHAPE, seed=self.seed,
         )  # fmt: skip
-        self.plan()
-        self.set_training_length(dataset.name)
+        self.set_training_length(dataset.name, self.plan())
         for trainer in TRAINERS.values():
             self.train(trainer)
         predictions = {title: self.predict(dataset, title, trainer) for title, trainer in TRAINERS.items()}
@@ -155,20 +150,21 @@ class Demo:
         self.draw(dataset, predictions, dice)
         print(f"Picture: {self.picture.resolve()}")
 
-    def plan(self) -> None:
-        """Fingerprint, plans, preprocessing."""
+    def plan(self) -> float:
+        """Fingerprint, plans, preprocessing; the seconds it took."""
         processes = self.environment["nnUNet_def_n_proc"]
-        self._run(
+        return self._run(
             "nnUNetv2_plan_and_preprocess",
             ["-d", str(DATASET_ID), "-pl", PLANNER, "-c", CONFIGURATION, "-npfp", processes, "-np", processes],
             Progress(),
         )
 
-    def set_training_length(self, dataset_name: str) -> None:
+    def set_training_length(self, dataset_name: str, planning_seconds: float) -> None:
         """Write the number of epochs and iterations that fit the time into the plans file."""
         file = self.folders["nnUNet_preprocessed"] / dataset_name / f"{PLANS}.json"
         plans = json.loads(file.read_text(encoding="utf-8"))
-        iterations = iterations_for(self.minutes, seconds_per_pass(plans, self.device))
+        pass_seconds = seconds_per_pass(plans, CONFIGURATION, self.device)
+        iterations = iterations_for(self.end - time.monotonic(), planning_seconds, pass_seconds)
         settings = {
             "num_epochs": EPOCHS,
             "num_iterations_per_epoch": max(1, round(iterations / EPOCHS)),
@@ -227,7 +223,7 @@ class Demo:
         title = f"Phantom, {LABELLED} labelled and {UNLABELLED} unlabelled training cases: first test cases"
         save_overview(rows, LABELS, title, self.picture)
 
-    def _run(self, name: str, arguments: Sequence[str], progress: Progress, log: Path | None = None) -> None:
+    def _run(self, name: str, arguments: Sequence[str], progress: Progress, log: Path | None = None) -> float:
         shown = shlex.join([name, *arguments])
         for variable, folder in self.folders.items():
             shown = shown.replace(str(folder), f"${variable}")
@@ -235,10 +231,11 @@ class Demo:
         log = log or self.logs / f"{name}.txt"
         environment = dict(self.environment)
         if name == "nnUNetv2_train":
-            # Augmentation of such small patches costs less than starting processes for it. The planner takes no 0.
-            environment["nnUNet_n_proc_DA"] = "0"
+            # For volumes so small, starting processes costs more than they would save. The planner takes no 0.
+            environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
         seconds = run_logged([self.commands[name], *arguments], log, environment, progress)
         print(f"  took {seconds:.0f} s", flush=True)
+        return seconds
 
 
 def dice_per_case(truth_folder: Path, prediction_folder: Path) -> DicePerCase:
@@ -272,42 +269,6 @@ def dice_table(dice: Mapping[str, DicePerCase]) -> str:
         lines.append(f"{title:<22}" + "".join(f"{value:9.3f}" for value in (*means, float(np.mean(means)))))
     lines.append("Note: a phantom, a few minutes of training.")
     return "\n".join(lines)
-
-
-def seconds_per_pass(plans: Mapping[str, object], device: str) -> float:
-    """Seconds that one forward and backward pass of the planned network takes here, at its patch and batch size."""
-    import torch
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    if device == "cpu":
-        torch.set_num_threads(os.cpu_count() or 1)
-    configuration = PlansManager(dict(plans)).get_configuration(CONFIGURATION)
-    network = get_network_from_plans(
-        configuration.network_arch_class_name,
-        configuration.network_arch_init_kwargs,
-        configuration.network_arch_init_kwargs_req_import,
-        1,
-        len(LABELS) + 1,
-        deep_supervision=False,
-    ).to(device)
-    patches = torch.rand((configuration.batch_size, 1, *configuration.patch_size), device=device)
-    durations = []
-    for _ in range(TIMED_PASSES):
-        started = time.perf_counter()
-        # Reading the value waits for the device.
-        loss = network(patches).square().mean()
-        loss.backward()
-        loss.item()
-        durations.append(time.perf_counter() - started)
-    return float(np.median(durations))
-
-
-def iterations_for(minutes: float, pass_seconds: float) -> int:
-    """Iterations per trainer, both trainers together filling the time that the other commands leave."""
-    seconds = minutes * 60 - SECONDS_BESIDE_TRAINING
-    iterations = seconds / (PASSES_PER_ITERATION * pass_seconds + SECONDS_PER_ITERATION)
-    return int(np.clip(iterations, *ITERATION_RANGE))
 
 
 def _nnunet_folders(work: Path) -> dict[str, Path]:

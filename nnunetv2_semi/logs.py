@@ -11,11 +11,11 @@ import matplotlib
 
 matplotlib.use("agg")
 
-import matplotlib.image  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from nnunetv2.training.logging.nnunet_logger import LocalLogger  # noqa: E402
+from PIL import Image  # noqa: E402
 
 PREFIX = "semi/"
 
@@ -36,13 +36,13 @@ class SemiLocalLogger(LocalLogger):
         if not any(any(isfinite(value) for value in values) for values in curves.values()):
             return
         path = os.path.join(output_folder, "progress.png")
-        stock = matplotlib.image.imread(path)
-        figure = _draw_curves(curves, stock.shape[1])
-        figure.canvas.draw()
-        ours = np.asarray(figure.canvas.buffer_rgba())[..., : stock.shape[2]] / 255.0  # type: ignore[attr-defined]
-        plt.close(figure)
+        with Image.open(path) as stock:
+            ours = _draw_curves(curves, stock.width)
+            both = Image.new("RGB", (stock.width, stock.height + ours.height))
+            both.paste(stock, (0, 0))
+            both.paste(ours, (0, stock.height))
         unfinished = os.path.join(output_folder, ".progress.png")
-        matplotlib.image.imsave(unfinished, np.concatenate([stock, ours.astype(stock.dtype)]), format="png")
+        both.save(unfinished, format="png", compress_level=1)
         os.replace(unfinished, path)
 
 
@@ -73,27 +73,27 @@ def to_floats(values: Mapping[str, torch.Tensor | float]) -> dict[str, float]:
     return {name: floats[name] for name in values}
 
 
-def _draw_curves(curves: Mapping[str, list[float]], width_pixels: int) -> plt.Figure:
-    """One row per kind: losses, weights, and shares (Dice, agreement, voxels used), over epochs."""
-    groups: dict[str, dict[str, list[float]]] = {"unlabelled loss terms": {}, "weight": {}, "share (0 to 1)": {},
-                                                 "skipped steps": {}}
+def _draw_curves(curves: Mapping[str, list[float]], width: int) -> Image.Image:
+    """A picture ``width`` pixels wide: loss terms, weights, and shares (Dice, agreement, voxels used), over epochs."""
+    groups: dict[str, dict[str, list[float]]] = {"loss term": {}, "weight": {}, "share (0 to 1)": {}, "steps": {}}
     for key, values in curves.items():
         name = key.removeprefix(PREFIX)
         if name.startswith("weight_"):
             groups["weight"][name.removeprefix("weight_")] = values
         elif name.startswith("loss_"):
-            groups["unlabelled loss terms"][name.removeprefix("loss_")] = values
-        elif name == "skipped_steps":
-            groups["skipped steps"][name] = values
+            groups["loss term"][name.removeprefix("loss_")] = values
         else:
-            groups["share (0 to 1)"][name] = values
+            groups["steps" if name == "skipped_steps" else "share (0 to 1)"][name] = values
     shown = {title: lines for title, lines in groups.items() if lines}
-    figure, axes = plt.subplots(len(shown), 1, figsize=(width_pixels / 100, 14 * len(shown)), dpi=100, squeeze=False)
+    figure, axes = plt.subplots(len(shown), 1, figsize=(width / 100, 10 * len(shown)), dpi=100, squeeze=False)
     for axis, (title, lines) in zip(axes[:, 0], shown.items(), strict=True):
         for name, values in lines.items():
             axis.plot(range(len(values)), values, linewidth=4, label=name, marker="o" if len(values) == 1 else None)
         axis.set_xlabel("epoch")
         axis.set_ylabel(title)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=20)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     figure.tight_layout()
-    return figure
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+    plt.close(figure)
+    return picture

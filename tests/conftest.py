@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("nnunetv2_semi") is None:
     sys.path.insert(0, str(ROOT))
 
+import nnunetv2_semi  # noqa: E402
 from nnunetv2_semi.installation import CLASS_FOLDERS  # noqa: E402
 
 
@@ -46,3 +47,7 @@ class SourceTreeFinder:
 
 # Last, so that an installed package is preferred.
 sys.meta_path.append(SourceTreeFinder)
+
+
+def pytest_report_header() -> str:
+    return f"nnunetv2_semi under test: {Path(nnunetv2_semi.__file__).parent}"

@@ -61,15 +61,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip().endswith(nnunetv2_semi.__version__)
 
 
-def test_help_lists_every_command_without_importing_torch() -> None:
+def test_help_lists_every_command_without_importing_torch(tmp_path: Path) -> None:
+    # Appended: site-packages at the front would put an outdated argparse.py, which lies there, before Python's own.
+    root = str(Path(nnunetv2_semi.__file__).parents[1])
     script = (
-        "import sys; from nnunetv2_semi.cli import main\n"
+        f"import sys; sys.path.append({root!r}); from nnunetv2_semi.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print('TORCH' if 'torch' in sys.modules or 'nnunetv2' in sys.modules else 'LIGHT')"
     )
-    root = Path(nnunetv2_semi.__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=60)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert all(f"\n    {name} " in result.stdout for name in cli.COMMANDS)
     assert result.stdout.rstrip().endswith("LIGHT")
 

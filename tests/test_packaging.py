@@ -147,7 +147,8 @@ def make_editable_nnunet(environment: Environment, folder: Path) -> Path:
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
         "        if name == 'nnunetv2':\n"
-        f"            return spec(name, {str(nnunet / '__init__.py')!r}, submodule_search_locations=[{str(nnunet)!r}])\n"
+        f"            folder = {str(nnunet)!r}\n"
+        "            return spec(name, folder + '/__init__.py', submodule_search_locations=[folder])\n"
         "\nsys.meta_path.append(Finder)\n"
     )
     (environment.site_packages / "editable_nnunet.py").write_text(hook)

@@ -1,4 +1,4 @@
-"""`-tr nnUNetTrainerSemiSupervised`: the matched control: no unlabelled data, all else as in the semi-supervised trainers."""
+"""`-tr nnUNetTrainerSemiSupervised`: the matched control, without unlabelled data."""
 
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.trainer import nnUNetTrainerSemi

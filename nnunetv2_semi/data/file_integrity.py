@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import math
 import os
+from typing import cast
 
 import nibabel
+from nibabel.arrayproxy import ArrayProxy
 
 _CHUNK_BYTES = 1 << 20
 
@@ -22,7 +24,8 @@ def check_file_complete(path: str) -> None:
     size = _decompressed_size(path) if path.endswith(".gz") else os.path.getsize(path)
     if not path.endswith((".nii", ".nii.gz")):
         return
-    voxels = nibabel.load(path).dataobj  # not read: knows where and how large they are
+    # the voxels are not read: the proxy knows where and how large they are
+    voxels = cast(ArrayProxy, cast(nibabel.Nifti1Image, nibabel.load(path)).dataobj)
     expected = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
     if size < expected:
         raise OSError(f"the file is cut off: {size} bytes of {expected}")

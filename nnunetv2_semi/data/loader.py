@@ -224,7 +224,7 @@ def _all_transforms(transform: BasicTransform | None) -> Iterator[BasicTransform
                 yield from _all_transforms(part)
 
 
-def _unchanged(batch: dict[str, Batch]) -> dict[str, Batch]:
+def _unchanged(batch: object) -> object:
     return batch
 
 

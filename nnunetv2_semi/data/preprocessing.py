@@ -136,14 +136,7 @@ def prepare_unlabelled(
 
     reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
     reasons += list(unreadable.values())
-    if reasons and not skip_unreadable:
-        raise UserError(
-            f"{len(reasons)} image(s) or case(s) cannot be read: {'; '.join(reasons)}. Replace or remove these files "
-            f"(all other unlabelled cases are preprocessed already). To leave out unreadable unlabelled cases with a "
-            f'warning, set "skip_unreadable": true in the "semi" object of the configuration in the plans file.'
-        )
-    for reason in reasons:
-        report(f"WARNING: left out, because it cannot be read: {reason}")
+    _refuse_or_report_unreadable(reasons, skip_unreadable, report)
     if not readable:
         raise UserError(f"None of the unlabelled cases can be read: {'; '.join(reasons)}.")
     return UnlabelledCases(folder, sorted(readable), sorted(unreadable))
@@ -175,6 +168,17 @@ def _unreadable_cases(
         if reasons:
             unreadable[case] = "; ".join(reasons)
     return unreadable
+
+
+def _refuse_or_report_unreadable(reasons: list[str], skip_unreadable: bool, report: Callable[[str], None]) -> None:
+    if reasons and not skip_unreadable:
+        raise UserError(
+            f"{len(reasons)} image(s) or case(s) cannot be read: {'; '.join(reasons)}. Replace or remove these files "
+            f"(all other unlabelled cases are preprocessed already). To leave out unreadable unlabelled cases with a "
+            f'warning, set "skip_unreadable": true in the "semi" object of the configuration in the plans file.'
+        )
+    for reason in reasons:
+        report(f"WARNING: left out, because it cannot be read: {reason}")
 
 
 def _cases_without_raw_data(

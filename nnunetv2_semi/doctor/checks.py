@@ -41,8 +41,8 @@ def warning(finding: str, remedy: str = "") -> Check:
     return Check(Level.WARNING, finding, remedy)
 
 
-def problem(finding: str, remedy: str) -> Check:
-    """Something that makes training fail."""
+def problem(finding: str, remedy: str = "") -> Check:
+    """Something that makes training fail; without a remedy where the finding is a message that has one."""
     return Check(Level.PROBLEM, finding, remedy)
 
 

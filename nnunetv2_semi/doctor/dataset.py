@@ -85,7 +85,7 @@ def _check_settings(dataset_json: dict, path: str) -> Check:
         modalities = read_dataset_settings(dataset_json, path).modalities
         channels = num_channels(dataset_json)
     except UserError as error:
-        return problem(str(error), f"correct {path}")
+        return problem(str(error))
     if modalities is not None:
         named = listed(f"{name} (channels {listed(indices)})" for name, indices in modalities.items())
         return ok(f"modalities: {named}")
@@ -101,7 +101,7 @@ def _check_layout(folder: str, dataset_json: dict) -> tuple[list[Check], RawCase
     try:
         unlabelled = list_unlabelled_cases(folder, dataset_json)
     except UserError as error:
-        checks.append(problem(str(error), f"name them {naming_rule(dataset_json)}"))
+        checks.append(problem(str(error)))
         unlabelled = _cases_as_nnunet_lists_them(os.path.join(folder, UNLABELLED_FOLDER), dataset_json)
     without_label = labelled_images_without_label(folder, dataset_json) if labelled else []
     with_label = [case for case in labelled if case not in without_label]
@@ -185,4 +185,4 @@ def _check_unlabelled(
     try:
         check_names_are_unlabelled(unlabelled, labelled, LABELLED_FOLDER)
     except UserError as error:
-        yield problem(str(error), f"mend {where}")
+        yield problem(str(error))

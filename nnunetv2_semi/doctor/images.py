@@ -17,7 +17,6 @@ from nnunetv2.imageio.reader_writer_registry import (
 )
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_semi.data.complete_file import check_file_complete
 from nnunetv2_semi.data.dataset_settings import num_channels
 from nnunetv2_semi.data.identity import Duplicate, ImageContent, find_duplicates, geometry_difference, read_content
 from nnunetv2_semi.data.processes import results_in_parallel
@@ -68,7 +67,8 @@ def check_images(
     reports = _read_all(files, set(labels.values()), reader_name)
     yield from _check_readable(files, reports, {file for paths in test.values() for file in paths})
     contents = {file: report.content for file, report in reports.items() if report.content is not None}
-    yield from _check_channels(labelled, unlabelled, test, contents, num_channels(dataset_json))
+    # Those of unlabelled cases are checked where the cases are listed.
+    yield from _check_channels({"imagesTr": labelled, "imagesTs": test}, contents, num_channels(dataset_json))
     yield from _check_geometry({**labelled, **unlabelled}, labels, contents)
     yield from _check_label_values(labels, reports, dataset_json)
     yield from _check_duplicates(labelled, unlabelled, test, contents)
@@ -77,7 +77,6 @@ def check_images(
 def inspect_file(path: str, reader_name: str, label_files: frozenset[str]) -> FileReport:
     """Decode one file to its end; never raises for a damaged file."""
     try:
-        check_file_complete(path)
         content = read_content(path, reader_name)
         if path not in label_files:
             return FileReport(content)
@@ -85,6 +84,8 @@ def inspect_file(path: str, reader_name: str, label_files: frozenset[str]) -> Fi
         return FileReport(content, values=tuple(float(value) for value in np.unique(segmentation)))
     except MemoryError:
         raise
+    except EOFError as error:
+        return FileReport(None, f"the file is truncated ({error})")
     except Exception as error:  # readers raise whatever their libraries do
         return FileReport(None, " ".join(f"{type(error).__name__}: {error}".split())[:300])
 
@@ -121,10 +122,9 @@ def _check_readable(files: list[str], reports: Mapping[str, FileReport], test_fi
 
 
 def _check_channels(
-    labelled: Cases, unlabelled: Cases, test: Cases, contents: Mapping[str, ImageContent], expected: int
+    groups: Mapping[str, Cases], contents: Mapping[str, ImageContent], expected: int
 ) -> Iterator[Check]:
     """A file may hold several channels (RGB, 4D), so channels are counted in what was read."""
-    groups = {"imagesTr": labelled, "imagesUn": unlabelled, "imagesTs": test}
     for folder, cases in groups.items():
         wrong = []
         for case, files in cases.items():

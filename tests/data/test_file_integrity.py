@@ -55,3 +55,13 @@ def test_a_flipped_byte_in_the_stream_is_refused(tmp_path, image):
 def sitk_bytes(folder, image):
     sitk.WriteImage(image, str(folder / "plain.nii"))
     return (folder / "plain.nii").read_bytes()
+
+
+def test_the_second_version_of_the_format_is_understood(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    voxels = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+    nibabel.save(nibabel.Nifti2Image(voxels, np.eye(4)), path)
+    assert check_file_complete(str(path)) is None
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-4]))
+    with pytest.raises(OSError, match="cut off"):
+        check_file_complete(str(path))

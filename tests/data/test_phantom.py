@@ -12,7 +12,8 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from scipy import ndimage
 
 from nnunetv2_semi.data import phantom
-from nnunetv2_semi.data.phantom import IGNORE_LABEL, LABELS, MODALITIES, make_phantom_case, make_phantom_dataset
+from nnunetv2_semi.data.phantom import IGNORE_LABEL, make_phantom_dataset
+from nnunetv2_semi.data.phantom_anatomy import LABELS, MODALITIES, PhantomCase, make_phantom_case, tissue_shares
 from nnunetv2_semi.errors import UserError
 
 
@@ -59,8 +60,15 @@ def test_files_are_those_of_a_raw_data_set_with_unlabelled_images(tmp_path: Path
 def test_nnunet_finds_no_fault(tmp_path: Path, shape: tuple[int, ...], channels: int, file_ending: str) -> None:
     spacing = (3.0, 2.0, 1.5)[-len(shape) :]
     folder = make_phantom_dataset(
-        tmp_path, labelled=1, unlabelled=0, test=0, shape=shape, channels=channels, spacing=spacing, file_ending=file_ending
-    )  # fmt: skip
+        tmp_path,
+        labelled=1,
+        unlabelled=0,
+        test=0,
+        shape=shape,
+        channels=channels,
+        spacing=spacing,
+        file_ending=file_ending,
+    )
     description = json.loads((folder / "dataset.json").read_text())
     assert list(description["channel_names"].values()) == list(MODALITIES[:channels])
     files = get_filenames_of_train_images_and_targets(str(folder), description)["case_0000"]
@@ -88,7 +96,7 @@ def test_images_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
     assert (few / "imagesUn" / second).read_bytes() != (other / "imagesUn" / second).read_bytes()
 
 
-def contrast(case: phantom.PhantomCase, channel: int, inside: np.ndarray, outside: np.ndarray) -> float:
+def contrast(case: PhantomCase, channel: int, inside: np.ndarray, outside: np.ndarray) -> float:
     image = case.images[channel].astype(float)
     return abs(image[inside].mean() - image[outside].mean()) / image[outside].std()
 
@@ -115,7 +123,7 @@ def test_anatomy_varies_between_cases() -> None:
 
 
 def test_edges_are_mixed_and_air_is_noisy() -> None:
-    shares = phantom._tissue_shares(np.random.default_rng(0), (40, 48, 40))
+    shares = tissue_shares(np.random.default_rng(0), (40, 48, 40))
     total = sum(shares.values())
     assert isinstance(total, np.ndarray)
     assert total.min() >= 0
@@ -156,7 +164,7 @@ def test_existing_data_set_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted_at_second(number: int, *args: object) -> phantom.PhantomCase:
+    def interrupted_at_second(number: int, *args: object) -> PhantomCase:
         if number == 1:
             raise KeyboardInterrupt
         return make_phantom_case(number, (12, 12), 1, 0)

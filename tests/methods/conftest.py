@@ -1,0 +1,68 @@
+"""Tiny networks and batches, no plans and no files."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import nn
+
+from nnunetv2_semi.distributed import sum_over_processes
+from nnunetv2_semi.methods.base import Batch, Context
+
+
+def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bool = False,
+                  dropout: float = 0.0) -> nn.Module:
+    conv, norm, drop = {2: (nn.Conv2d, nn.InstanceNorm2d, nn.Dropout2d),
+                        3: (nn.Conv3d, nn.InstanceNorm3d, nn.Dropout3d)}[dims]
+    return PlainConvUNet(channels, 3, [4, 8, 8], conv, 3, [1, 2, 2], 1, heads, 1, conv_bias=True, norm_op=norm,
+                         norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+                         nonlin_kwargs={"inplace": True}, deep_supervision=deep_supervision,
+                         dropout_op=drop if dropout else None, dropout_op_kwargs={"p": dropout} if dropout else None)
+
+
+def context(channels: int = 2, regions: bool = False, ignore_label: int | None = None, one_pass: bool = False,
+            deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0)) -> Context:
+    if regions:
+        loss: nn.Module = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5},
+                                          use_ignore_label=ignore_label is not None,
+                                          dice_class=MemoryEfficientSoftDiceLoss)
+    else:
+        loss = DC_and_CE_loss({"batch_dice": False, "do_bg": False, "smooth": 1e-5}, {}, ignore_label=ignore_label,
+                              dice_class=MemoryEfficientSoftDiceLoss)
+    if deep_supervision:
+        loss = DeepSupervisionWrapper(loss, [0.7, 0.3])
+    return Context(loss, regions, ignore_label, spacing, {f"m{i}": [i] for i in range(channels)}, one_pass,
+                   sum_over_processes)
+
+
+def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,
+                 ignore_label: int | None = None, deep_supervision: bool = False, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size,) * dims
+    labelled, unlabelled = (torch.randn(count, channels, *shape, generator=generator) for _ in range(2))
+    if regions:
+        target = torch.rand(count, heads, *shape, generator=generator) > 0.5
+        if ignore_label is not None:
+            target = torch.cat([target, torch.rand(count, 1, *shape, generator=generator) > 0.8], 1)
+    else:
+        target = torch.randint(0, heads, (count, 1, *shape), generator=generator).to(torch.int16)
+        if ignore_label is not None:
+            target[torch.rand(target.shape, generator=generator) > 0.8] = ignore_label
+    if deep_supervision:
+        return Batch(labelled, [target, target[(slice(None), slice(None), *[slice(None, None, 2)] * dims)]], unlabelled)
+    return Batch(labelled, target, unlabelled)
+
+
+@pytest.fixture
+def small():
+    """The builders above."""
+    return SimpleNamespace(network=small_network, context=context, batch=random_batch)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

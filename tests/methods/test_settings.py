@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.mean_teacher import MeanTeacherSettings
+from nnunetv2_semi.methods.semi_cml import SemiCMLSettings
+from nnunetv2_semi.methods.settings import Settings, settings_for_plan, settings_from_plan
+
+
+def test_defaults_without_a_semi_object():
+    assert settings_from_plan(SemiCMLSettings, {}, "SemiCML") == SemiCMLSettings()
+
+
+def test_keys_at_the_top_and_in_the_methods_section():
+    semi = {"num_epochs": 7, "consistency_weight": 1, "MeanTeacher": {"noise": 0.2, "num_epochs": 9}}
+    settings = settings_from_plan(MeanTeacherSettings, semi, "MeanTeacher")
+    assert (settings.num_epochs, settings.consistency_weight, settings.noise) == (9, 1.0, 0.2)
+    assert isinstance(settings.consistency_weight, float)
+
+
+def test_sections_of_other_methods_are_left_alone():
+    semi = {"num_epochs": 7, "SemiCML": {"asc_weight": 1.0}, "MyMethod": {"anything": 1}}
+    assert settings_from_plan(MeanTeacherSettings, semi, "MeanTeacher").num_epochs == 7
+
+
+@pytest.mark.parametrize("semi, parts", [
+    ({"num_epoch": 5}, ["'num_epoch'", "Did you mean 'num_epochs'", "Allowed:", "ema_decay"]),
+    ({"MeanTeacher": {"asc_weight": 5}}, ["'asc_weight'", "Allowed:"]),
+    ({"num_epochs": "5"}, ["num_epochs must be int", "'5'"]),
+    ({"num_epochs": True}, ["num_epochs must be int", "True"]),
+    ({"num_epochs": 5.5}, ["num_epochs must be int"]),
+    ({"num_epochs": 0}, ["num_epochs must be at least 1"]),
+    ({"noise": [1]}, ["noise must be float"]),
+    ({"deploy": "both"}, ["deploy must be", "'teacher'", "'both'"]),
+    ({"deep_supervision": 1}, ["deep_supervision must be bool"]),
+    ({"MeanTeacher": 3}, ["'MeanTeacher' must be an object"]),
+    ([], ['"semi"', "must be an object"]),
+])
+def test_what_is_wrong_is_named_with_what_is_allowed(semi, parts):
+    with pytest.raises(UserError) as error:
+        settings_from_plan(MeanTeacherSettings, semi, "MeanTeacher")
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", [("prel_start", 1.5), ("max_slices", 0), ("temperature", 0)])
+def test_ranges_of_semi_cml(name, value):
+    with pytest.raises(UserError, match=name):
+        settings_from_plan(SemiCMLSettings, {name: value}, "SemiCML")
+
+
+def test_none_is_allowed_where_the_annotation_says_so():
+    settings = settings_from_plan(SemiCMLSettings, {"unlabelled_batch_size": None, "better_modality": None}, "SemiCML")
+    assert settings.unlabelled_batch_size is None
+    assert settings_from_plan(SemiCMLSettings, {"better_modality": "T2"}, "SemiCML").better_modality == "T2"
+
+
+@pytest.mark.parametrize("cls, name", [(Settings, "Supervised"), (SemiCMLSettings, "SemiCML")])
+def test_written_to_a_plan_and_read_again_they_are_the_same(cls, name):
+    settings = cls(num_epochs=3, modalities={"T1": [0], "T2": [1, 2]}, regions=True)
+    stored = json.loads(json.dumps(settings_for_plan(settings, name)))
+    assert settings_from_plan(cls, stored, name) == settings
+    assert settings_from_plan(MeanTeacherSettings, stored, "MeanTeacher").num_epochs == 3

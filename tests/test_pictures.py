@@ -1,0 +1,43 @@
+"""The overview picture."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from nnunetv2_semi.pictures import COLOURS, PictureRow, save_overview, slice_through_structures
+
+
+def test_slice_shows_most_labels_and_then_most_of_the_smallest() -> None:
+    truth = np.zeros((5, 8, 8), int)
+    truth[0, :6] = 1
+    truth[1:4, :3] = 1
+    truth[1, 7, 0] = 2
+    truth[2, 7, :3] = 2
+    truth[3, 7, :2] = 2
+    assert slice_through_structures(truth, [1, 2]) == 2
+
+
+def test_outlines_have_the_colours_of_their_structures(tmp_path: Path) -> None:
+    truth = np.zeros((3, 20, 20), int)
+    truth[1, 3:9, 3:9] = 1
+    truth[1, 12:18, 12:18] = 2
+    image = np.random.default_rng(0).normal(100, 20, truth.shape)
+    empty = np.zeros_like(truth)
+    labels = {"liver": 1, "kidney": 2}
+
+    def coloured(segmentations: dict[str, np.ndarray], file: Path) -> list[int]:
+        save_overview([PictureRow("case", {"T1": image}, segmentations, {})], labels, "title", file)
+        pixels = imread(file)[..., :3]
+        # The legend at the bottom has the colours in any case.
+        panels = pixels[: int(0.8 * len(pixels))]
+        return [int((np.abs(panels - to_rgb(colour)).max(-1) < 0.02).sum()) for colour in COLOURS[:2]]
+
+    assert coloured({"Truth": empty, "Other": empty}, tmp_path / "empty.png") == [0, 0]
+    both = coloured({"Truth": truth, "Other": empty}, tmp_path / "both.png")
+    twice = coloured({"Truth": truth, "Other": np.where(truth == 1, 1, 0)}, tmp_path / "twice.png")
+    assert min(both) > 50
+    assert twice[0] > 1.5 * both[0]
+    assert twice[1] == both[1]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["both.png", "empty.png", "twice.png"]

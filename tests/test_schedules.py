@@ -1,0 +1,25 @@
+import math
+
+import pytest
+
+from nnunetv2_semi.schedules import sigmoid_ramp_up, warmed_up_decay
+
+
+@pytest.mark.parametrize("progress, fraction, expected", [
+    (0.0, 1.0, math.exp(-5)), (0.5, 1.0, math.exp(-1.25)), (1.0, 1.0, 1.0), (0.2, 0.4, math.exp(-1.25)),
+    (0.4, 0.4, 1.0), (0.9, 0.4, 1.0), (0.0, 0.0, 1.0), (-1.0, 1.0, math.exp(-5)),
+])
+def test_ramp_up(progress, fraction, expected):
+    assert sigmoid_ramp_up(progress, fraction) == pytest.approx(expected)
+
+
+def test_ramp_up_refuses_a_negative_length():
+    with pytest.raises(ValueError, match="negative"):
+        sigmoid_ramp_up(0.5, -1.0)
+
+
+@pytest.mark.parametrize("updates, decay, expected", [
+    (0, 0.99, 0.0), (1, 0.99, 0.5), (9, 0.99, 0.9), (500, 0.99, 0.99),
+])
+def test_decay_warms_up(updates, decay, expected):
+    assert warmed_up_decay(updates, decay) == pytest.approx(expected)

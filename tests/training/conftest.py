@@ -1,0 +1,106 @@
+"""Phantom data sets, planned and preprocessed by nnU-Net, and nnU-Net's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def command(name: str) -> str:
+    """An installed console script of this environment."""
+    found = Path(sys.executable).parent / name
+    return str(found) if found.exists() else shutil.which(name) or pytest.skip(f"{name} is not installed")
+
+
+def run_command(workspace: Path, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of nnU-Net's or our commands on the workspace's folders."""
+    result = subprocess.run([command(name), *arguments], env=environment(workspace), text=True, timeout=600,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert not check or result.returncode == 0, result.stdout[-3000:]
+    return result
+
+
+def environment(workspace: Path) -> dict[str, str]:
+    return {**os.environ, **{folder: str(workspace / folder) for folder in FOLDERS}, "nnUNet_def_n_proc": "1"}
+
+
+def plans_path(workspace: Path) -> Path:
+    return next((workspace / "nnUNet_preprocessed").glob("Dataset*/nnUNetSemiCPUPlans.json"))
+
+
+def set_semi(workspace: Path, **semi: object) -> None:
+    """Change the "semi" object of every configuration in the plans file."""
+    plans = json.loads(plans_path(workspace).read_text())
+    for configuration in plans["configurations"].values():
+        if "patch_size" in configuration:
+            configuration["semi"] = {**configuration["semi"], **semi}
+    plans_path(workspace).write_text(json.dumps(plans))
+
+
+def prepare(workspace: Path, configuration: str, monkeypatch: pytest.MonkeyPatch, **phantom: object) -> None:
+    """Phantom -> plans and preprocessed cases, in this process, which uses the workspace's folders from here on."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, preprocess_dataset
+    from nnunetv2.experiment_planning.semi.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
+
+    from nnunetv2_semi.data.phantom import make_phantom_dataset
+
+    for folder in FOLDERS:
+        (workspace / folder).mkdir(parents=True)
+        monkeypatch.setenv(folder, str(workspace / folder))
+    sizes = {"labelled": 3, "unlabelled": 2, "test": 1, **phantom}
+    make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", **sizes)  # type: ignore[arg-type]
+    extract_fingerprints([1], num_processes=1)
+    nnUNetPlannerSemiCPU(1).plan_experiment()
+    preprocess_dataset(1, "nnUNetSemiCPUPlans", [configuration], num_processes=[1])
+    set_semi(workspace, num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, save_every=1)
+
+
+@pytest.fixture(scope="session")
+def phantom_workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A planned and preprocessed 3D phantom with two modalities, made by nnU-Net's own command."""
+    from nnunetv2_semi.data.phantom import make_phantom_dataset
+
+    workspace = tmp_path_factory.mktemp("phantom")
+    for folder in FOLDERS:
+        (workspace / folder).mkdir()
+    make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", labelled=3, unlabelled=3, test=1, shape=(16, 20, 16))
+    result = run_command(workspace, "nnUNetv2_plan_and_preprocess", "-d", "1", "-pl", "nnUNetPlannerSemiCPU",
+                         "-c", "3d_fullres", "-np", "1", "-npfp", "1")
+    assert "unlabelled" in result.stdout
+    set_semi(workspace, num_epochs=3, num_iterations_per_epoch=3, num_val_iterations_per_epoch=1, save_every=1)
+    yield workspace
+    shutil.rmtree(workspace, ignore_errors=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+def make_trainer(workspace: Path, trainer: str, configuration: str = "3d_fullres", fold: int | str = 0,
+                 continue_training: bool = False):
+    """The trainer object that ``nnUNetv2_train`` would make; nnUNet_* must point to the workspace."""
+    from importlib import import_module
+
+    plans = json.loads(plans_path(workspace).read_text())
+    plans["continue_training"] = continue_training
+    dataset_json = json.loads((plans_path(workspace).parent / "dataset.json").read_text())
+    cls = getattr(import_module(f"nnunetv2.training.nnUNetTrainer.semi.{trainer}"), trainer)
+    return cls(plans, configuration, fold, dataset_json, torch.device("cpu"))
+
+
+@pytest.fixture
+def tools():
+    """The functions above."""
+    return SimpleNamespace(run=run_command, set_semi=set_semi, prepare=prepare, plans_path=plans_path,
+                           load=load_checkpoint, trainer=make_trainer, environment=environment, command=command,
+                           folders=FOLDERS)

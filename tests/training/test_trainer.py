@@ -1,0 +1,231 @@
+"""The trainer base on a 3D phantom with two modalities, in this process."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_semi import checkpoints
+from nnunetv2_semi.errors import UserError
+
+
+@pytest.fixture
+def workspace(phantom_workspace, tools, tmp_path, monkeypatch):
+    """A copy of the prepared phantom, to change at will."""
+    copy = tmp_path / "w"
+    shutil.copytree(phantom_workspace, copy, ignore=shutil.ignore_patterns("nnUNet_results"))
+    for folder in tools.folders:
+        (copy / folder).mkdir(exist_ok=True)
+        monkeypatch.setenv(folder, str(copy / folder))
+    return copy
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.method.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML"])
+def test_continued_training_ends_with_the_same_weights(tools, workspace, name):
+    tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5})
+    whole = tools.trainer(workspace, name)
+    whole.run_training()
+
+    shutil.rmtree(workspace / "nnUNet_results")
+    interrupted = tools.trainer(workspace, name)
+    at_epoch_end, interrupted.on_epoch_end = interrupted.on_epoch_end, lambda: _stop_after(interrupted, at_epoch_end, 2)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run_training()
+    torch.manual_seed(99)
+    np.random.seed(99)
+    continued = tools.trainer(workspace, name, continue_training=True)
+    continued.load_checkpoint(os.path.join(continued.output_folder, "checkpoint_latest.pth"))
+    assert continued.current_epoch == 2
+    continued.run_training()
+
+    assert same(weights(whole), weights(continued))
+    log, log_continued = (t.logger.local_logger.my_fantastic_logging for t in (whole, continued))
+    for key in log:
+        if not key.endswith("timestamps"):
+            assert np.allclose(log[key], log_continued[key], rtol=0, atol=0, equal_nan=True), key
+
+
+def _stop_after(trainer, at_epoch_end, epochs):
+    at_epoch_end()
+    if trainer.current_epoch == epochs:
+        raise KeyboardInterrupt
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(tools, workspace):
+    tools.set_semi(workspace, num_epochs=1)
+    results = []
+    for seed in (0, 0, 1):
+        tools.set_semi(workspace, seed=seed)
+        trainer = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+        trainer.run_training()
+        results.append(weights(trainer))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_control_and_method_see_the_same_labelled_batches_and_start_alike(tools, workspace):
+    batches, starts = [], []
+    for name in ("nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher"):
+        trainer = tools.trainer(workspace, name)
+        trainer.on_train_start()
+        starts.append([p.clone() for p in trainer.network.parameters()])
+        batches.append(next(trainer.dataloader_train))
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    assert torch.equal(batches[0]["labelled"]["data"], batches[1]["labelled"]["data"])
+    assert list(batches[0]["labelled"]["keys"]) == list(batches[1]["labelled"]["keys"])
+    assert "unlabelled" not in batches[0] and batches[1]["unlabelled"]["data"].shape == (2, 2, 16, 20, 16)
+
+
+def test_unlabelled_weight_zero_is_the_control(tools, workspace):
+    tools.set_semi(workspace, num_epochs=1, unlabelled_weight=0.0)
+    students = []
+    for name in ("nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher"):
+        trainer = tools.trainer(workspace, name)
+        trainer.run_training()
+        students.append(trainer.method.student.state_dict())
+    assert same(*students)
+
+
+def test_checkpoint_holds_the_deployed_network_and_stock_nnunet_loads_it(tools, workspace):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    tools.set_semi(workspace, num_epochs=1, MeanTeacher={"deploy": "teacher"})
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+    trainer.run_training()
+    checkpoint = tools.load(Path(trainer.output_folder) / "checkpoint_final.pth")
+    stock = nnUNetTrainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 2,
+                                                     trainer.label_manager.num_segmentation_heads, True)
+    stock.load_state_dict(checkpoint["network_weights"])
+    for own, deployed in zip(trainer.method.teacher.network.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(own, deployed)
+    assert not same(checkpoint["network_weights"], trainer.method.student.state_dict())
+    assert set(checkpoint) - {checkpoints.KEY} == {
+        "network_weights", "optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch", "init_args",
+        "trainer_name", "inference_allowed_mirroring_axes"}
+
+
+def test_teacher_starts_from_pretrained_weights(tools, workspace):
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    tools.set_semi(workspace, num_epochs=1)
+    first = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+    first.run_training()
+    pretrained = str(workspace / "pretrained.pth")
+    shutil.copy(os.path.join(first.output_folder, "checkpoint_final.pth"), pretrained)
+    tools.set_semi(workspace, seed=5)
+    second = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+    maybe_load_checkpoint(second, False, False, pretrained)
+    second.on_train_start()
+    loaded = tools.load(pretrained)["network_weights"]
+    for key, value in second.method.teacher.network.state_dict().items():
+        assert torch.equal(value, second.network.state_dict()[key])
+        assert "seg_layers" in key or torch.equal(value, loaded[key])
+
+
+def test_plans_of_the_model_say_how_it_was_made(tools, workspace):
+    tools.set_semi(workspace, num_epochs=1, SemiCML={"asc_weight": 2.0}, seed=3)
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiCML")
+    trainer.run_training()
+    semi = json.loads((Path(trainer.output_folder_base) / "plans.json").read_text())[
+        "configurations"]["3d_fullres"]["semi"]
+    assert (semi["num_epochs"], semi["seed"], semi["SemiCML"]["asc_weight"]) == (1, 3, 2.0)
+    assert list(semi["modalities"].values()) == [[0], [1]] and semi["regions"] is False
+    assert semi["SemiCML"]["prel_start"] == 0.63
+
+
+def test_log_names_every_term_with_its_weight(tools, workspace):
+    tools.set_semi(workspace, num_epochs=2, SemiCML={"prel_start": 0.5})
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiCML")
+    trainer.run_training()
+    log = trainer.logger.local_logger.my_fantastic_logging
+    names = list(trainer.settings.modalities)
+    for key in ("loss_asc", "weight_asc", "loss_consistency", "teacher_student_agreement", "unlabelled_voxels_used",
+                *(f"training_dice_{n}" for n in names), *(f"validation_dice_{n}" for n in names)):
+        assert np.isfinite(log[f"semi/{key}"][0]), key
+    second_stage = [key for key in log if key.startswith("semi/loss_prel_")]
+    assert second_stage and np.isnan(log[second_stage[0]][0]) and np.isfinite(log[second_stage[0]][1])
+    text = Path(trainer.log_file).read_text()
+    assert "asc " in text and "(weight 3.5000)" in text
+    assert (Path(trainer.output_folder) / "progress.png").stat().st_size > 10_000
+
+
+def test_checkpoint_of_another_trainer_is_refused(tools, workspace):
+    tools.set_semi(workspace, num_epochs=1)
+    control = tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
+    control.run_training()
+    other = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher", continue_training=True)
+    with pytest.raises(UserError, match="written by the method Supervised, not by MeanTeacher"):
+        other.load_checkpoint(os.path.join(control.output_folder, "checkpoint_final.pth"))
+
+
+def test_a_kill_while_writing_keeps_the_older_checkpoint(tools, workspace, monkeypatch):
+    tools.set_semi(workspace, num_epochs=1)
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
+    trainer.run_training()
+    path = os.path.join(trainer.output_folder, "checkpoint_final.pth")
+    before = Path(path).read_bytes()
+
+    def killed(checkpoint, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoints.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(path)
+    assert Path(path).read_bytes() == before
+
+
+def test_no_unlabelled_case_is_an_error_before_training_but_not_for_the_control(tools, workspace):
+    shutil.rmtree(next((workspace / "nnUNet_raw").glob("*/imagesUn")))
+    tools.set_semi(workspace, num_epochs=1)
+    with pytest.raises(UserError, match="imagesUn"):
+        tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher").run_training()
+    tools.trainer(workspace, "nnUNetTrainerSemiSupervised").run_training()
+
+
+def test_an_unknown_setting_stops_at_once(tools, workspace):
+    tools.set_semi(workspace, num_epoch=1)
+    with pytest.raises(UserError, match="Did you mean 'num_epochs'"):
+        tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+
+
+def test_one_modality_stops_before_anything_is_built(tools, workspace):
+    tools.set_semi(workspace, modalities={"both": [0, 1]})
+    with pytest.raises(UserError, match="two or more modalities"):
+        tools.trainer(workspace, "nnUNetTrainerSemiCML").run_training()
+
+
+def test_second_stage_of_a_cascade_is_refused(tools, workspace):
+    plans = json.loads(tools.plans_path(workspace).read_text())
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    plans["configurations"]["3d_lowres"] = plans["configurations"]["3d_fullres"]
+    tools.plans_path(workspace).write_text(json.dumps(plans))
+    with pytest.raises(NotImplementedError, match="second stage of a cascade"):
+        tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher").initialize()
+
+
+def test_a_fold_that_few_cases_cannot_make_is_refused(tools, workspace):
+    with pytest.raises(UserError, match="3 labelled cases make 3 fold"):
+        tools.trainer(workspace, "nnUNetTrainerSemiSupervised", fold=4).run_training()
+
+
+def test_loaders_end_with_the_training_however_it_ends(tools, workspace, monkeypatch):
+    import multiprocessing
+
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+    monkeypatch.setattr(trainer, "train_step", lambda batch: (_ for _ in ()).throw(ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        trainer.run_training()
+    assert multiprocessing.active_children() == []
