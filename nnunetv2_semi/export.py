@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     for name, written in export_model(folder, args.o, modality=args.modality, folds=args.f,
                                       checkpoint_name=args.chk).items():
         channels = _read_json(os.path.join(written, "dataset.json"))["channel_names"]
-        print(f"{name or 'Model'}: {written}\n  input: " + ", ".join(f"_{int(i):04d} = {c}" for i, c in channels.items())
-              + f"\n  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {written} -chk {args.chk}")
+        inputs = ", ".join(f"_{int(index):04d} = {channel}" for index, channel in channels.items())
+        print(f"{name or 'Model'}: {written}\n  input: {inputs}\n"
+              f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {written} -chk {args.chk}")
     return 0
 
 

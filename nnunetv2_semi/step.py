@@ -98,10 +98,10 @@ class TrainingStep:
                 continue
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(parameters, _GRADIENT_CLIP))
+            norm = nn.utils.clip_grad_norm_(parameters, _GRADIENT_CLIP)
             if self.grad_scaler is not None:
                 self.grad_scaler.step(optimizer)  # leaves the step out by itself, and lowers its scale
-            elif isfinite(norm):
+            elif isfinite(float(norm)):
                 optimizer.step()
             else:
                 finite = False

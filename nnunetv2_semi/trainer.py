@@ -12,23 +12,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from nnunetv2.configuration import default_num_processes
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from tqdm import tqdm
 
-from nnunetv2_semi import checkpoints, compat
+from nnunetv2_semi import checkpoints, compat, training_data
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
-from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
-from nnunetv2_semi.data.preprocessing import prepare_unlabelled
-from nnunetv2_semi.data.whole_files import write_json_whole
+from nnunetv2_semi.data.loader import BatchStream
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process, sum_over_processes
-from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
 from nnunetv2_semi.losses.predictions import dice_from_counts
 from nnunetv2_semi.methods.base import Batch, Context, Method
@@ -46,6 +40,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     """
 
     method_class: ClassVar[type[Method]] = Supervised
+
+    method: Method
+    step: TrainingStep
+    configuration_manager: ConfigurationManager
+    output_folder: str
+    was_initialized: bool
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
@@ -72,8 +72,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.initial_lr = self.settings.initial_lr
         self.enable_deep_supervision = self.settings.deep_supervision
 
-        self.method: Method
-        self.step: TrainingStep
         self.schedules: list = []
         self._epoch_values = EpochValues()
         self._steps_in_epoch = 0
@@ -111,6 +109,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         student = self.build_network_architecture(self.plans_manager, self.configuration_manager,
                                                   self.num_input_channels, self.label_manager.num_segmentation_heads,
                                                   self.enable_deep_supervision)
+        if self.is_ddp and self.device.type == "cuda":
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.method = self.method_class(student, self.settings, context).to(self.device)
         broadcast_from_first(self.method)
         self.network = self.method.student
@@ -135,7 +135,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         """Switch it in all networks of the method; never on where the settings have it off."""
         for module in self.method.modules():
             if hasattr(module, "deep_supervision"):
-                module.deep_supervision = enabled and self.enable_deep_supervision
+                setattr(module, "deep_supervision", enabled and self.enable_deep_supervision)  # noqa: B010
 
     def _one_pass(self) -> bool:
         if self.settings.arrangement == "auto":
@@ -153,55 +153,18 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of seeded batches: labelled and unlabelled patches together, and validation patches."""
-        on_first_process(self._write_small_split)
-        unlabelled = self._prepare_unlabelled() if self.method_class.uses_unlabelled else None
+        on_first_process(lambda: training_data.write_small_split(self))
+        unlabelled = None
+        if self.method_class.uses_unlabelled:
+            unlabelled = on_first_process(lambda: training_data.prepare(self, self.settings))
         training, validation = compat.plain_dataloaders(super().get_dataloaders)
         sources = {"labelled": training}
         if unlabelled is not None:
-            sources["unlabelled"] = self._unlabelled_loader(unlabelled, training)
-        workers, pin_memory = get_allowed_n_proc_DA(), self.device.type == "cuda"
-        seed, rank = self.settings.seed, self.local_rank
+            sources["unlabelled"] = training_data.unlabelled_loader(self, self.settings, unlabelled, training)
         return (
-            BatchStream(SeededBatches(sources, seed=seed, stream="training", rank=rank),
-                        start=self.current_epoch * self.num_iterations_per_epoch, num_workers=workers,
-                        pin_memory=pin_memory),
-            BatchStream(SeededBatches({"labelled": validation}, seed=seed, stream="validation", rank=rank),
-                        start=self.current_epoch * self.num_val_iterations_per_epoch,
-                        num_workers=(workers + 1) // 2, pin_memory=pin_memory))
-
-    def _prepare_unlabelled(self) -> tuple[str, list[str]]:
-        cases = on_first_process(lambda: prepare_unlabelled(
-            self.plans_manager, self.configuration_manager, self.dataset_json, num_processes=default_num_processes,
-            skip_unreadable=self.settings.skip_unreadable, report=self.print_to_log_file))
-        self.print_to_log_file(f"{len(cases.identifiers)} unlabelled cases in {cases.folder}")
-        return cases.folder, list(cases.identifiers)
-
-    def _unlabelled_loader(self, cases: tuple[str, list[str]], training: nnUNetDataLoader) -> nnUNetDataLoader:
-        folder, identifiers = cases
-        size = self.settings.unlabelled_batch_size
-        if size is None:
-            size = self.batch_size
-        elif self.is_ddp:
-            size = max(1, size // dist.get_world_size())
-        spatial = slice(1, None) if training.patch_size_was_2d else slice(None)
-        return unlabelled_patch_loader(
-            infer_dataset_class(folder)(folder, identifiers), size, training.patch_size[spatial],
-            training.final_patch_size[spatial], self.label_manager, compat.training_transforms_without_target(self),
-            mask_needed=any(self.configuration_manager.use_mask_for_norm))
-
-    def _write_small_split(self) -> None:
-        """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases."""
-        path = os.path.join(self.preprocessed_dataset_folder_base, "splits_final.json")
-        if self.fold == "all" or os.path.isfile(path):
-            return
-        cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
-        if len(cases) >= 5:
-            return
-        if len(cases) < 2 or self.fold >= len(cases):
-            raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
-                            f"{self.fold}. Train with fold 'all', or write your own splits to {path}.")
-        self.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
-        write_json_whole(path, compat.crossval_split(cases, len(cases)))
+            training_data.stream(self, self.settings, "training", sources, self.num_iterations_per_epoch),
+            training_data.stream(self, self.settings, "validation", {"labelled": validation},
+                                 self.num_val_iterations_per_epoch))
 
     # training
 
@@ -316,7 +279,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             whole, self.output_folder = self.output_folder, os.path.join(self.output_folder, file_name(name))
             try:
                 with self._validating(part):
-                    super().perform_actual_validation(save_probabilities)
+                    super().perform_actual_validation()
             finally:
                 self.output_folder = whole
         if self.method.parts():

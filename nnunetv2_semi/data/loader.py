@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 import zlib
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnunetv2_semi.data.processes import exit_with_parent
 
 Batch = dict[str, object]
+_AS_SOON_AS_READY: dict = {"in_order": False} if "in_order" in inspect.signature(DataLoader).parameters else {}
 
 
 class UnlabelledPatchLoader(nnUNetDataLoader):
@@ -129,8 +131,21 @@ class SeededBatches(Dataset):
         return batches
 
 
+class _Numbered(Dataset):
+    """Items with their index, for those that arrive in another order."""
+
+    def __init__(self, batches: SeededBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Batch]]:
+        return index, self.batches[index]
+
+
 class BatchStream(Iterator[dict[str, Batch]]):
     """The items of `SeededBatches` in order, made ahead by worker processes.
+
+    A worker that is done takes the next item even while an earlier one, slow to make, is waited for; items that are
+    ready too early are kept until it is their turn. (With torch before 2.6 workers take items in turn, and wait.)
 
     Workers end on `close`, when the stream is garbage, when the interpreter exits and when the parent is killed. What a
     worker raises is raised by `next`.
@@ -156,9 +171,11 @@ class BatchStream(Iterator[dict[str, Batch]]):
         prefetch: int = 2,
         start_method: str | None = None,
     ) -> None:
+        self.batches = batches
         self._next_index = start
+        self._early: dict[int, dict[str, Batch]] = {}
         loader: DataLoader = DataLoader(
-            batches,
+            _Numbered(batches),
             batch_size=None,
             sampler=range(start, sys.maxsize if length is None else length),
             num_workers=num_workers,
@@ -169,8 +186,9 @@ class BatchStream(Iterator[dict[str, Batch]]):
             worker_init_fn=_start_worker if num_workers > 0 else None,
             # without one of its own the loader draws from the caller's random state
             generator=torch.Generator(),
+            **_AS_SOON_AS_READY,
         )
-        self._batches: Iterator[dict[str, Batch]] | None = iter(loader)
+        self._batches: Iterator[tuple[int, dict[str, Batch]]] | None = iter(loader)
 
     @property
     def next_index(self) -> int:
@@ -180,13 +198,16 @@ class BatchStream(Iterator[dict[str, Batch]]):
     def __next__(self) -> dict[str, Batch]:
         if self._batches is None:
             raise RuntimeError("This stream of batches was closed.")
-        batch = next(self._batches)
+        while self._next_index not in self._early:
+            index, batch = next(self._batches)
+            self._early[index] = batch
         self._next_index += 1
-        return batch
+        return self._early.pop(self._next_index - 1)
 
     def close(self) -> None:
         """Stop the workers; may be called more than once."""
         batches, self._batches = getattr(self, "_batches", None), None
+        self._early = {}
         # dropping the iterator is not enough while a traceback refers to it
         stop_workers = getattr(batches, "_shutdown_workers", None)
         if stop_workers is not None:

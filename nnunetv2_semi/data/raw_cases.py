@@ -32,7 +32,7 @@ def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[s
             f"Images in {folder} have no channel number in their name: {_shown(unnumbered)}. Name them "
             f"{naming_rule(dataset_json)}."
         )
-    _check_channels_complete(folder, cases, dataset_json)
+    _check_channels_complete(folder, cases, list_labelled_cases(raw_dataset_folder, dataset_json), dataset_json)
     return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
 
 
@@ -118,8 +118,12 @@ def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[in
     return dict(sorted(cases.items())), unnumbered
 
 
-def _check_channels_complete(folder: str, cases: dict[str, dict[int, str]], dataset_json: dict) -> None:
-    expected = set(range(num_channels(dataset_json)))
+def _check_channels_complete(
+    folder: str, cases: dict[str, dict[int, str]], labelled: dict[str, list[str]], dataset_json: dict
+) -> None:
+    files_per_case = max((len(files) for files in labelled.values()), default=num_channels(dataset_json))
+    # A single file may hold all channels (colour images): then the labelled cases have one file each too.
+    expected = set(range(min(files_per_case, num_channels(dataset_json))))
     ending = dataset_json["file_ending"]
     missing: list[str] = []
     surplus: list[str] = []

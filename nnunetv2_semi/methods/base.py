@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi.losses.predictions import Logits, agreement
-from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.schedules import sigmoid_ramp_up
 from nnunetv2_semi.teachers import Teacher
 
@@ -84,10 +84,10 @@ class Method(nn.Module):
     """
 
     name: ClassVar[str] = "Supervised"
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[type[BaseSettings]] = BaseSettings
     uses_unlabelled: ClassVar[bool] = True
 
-    def __init__(self, student: nn.Module, settings: Settings, context: Context) -> None:
+    def __init__(self, student: nn.Module, settings: BaseSettings, context: Context) -> None:
         super().__init__()
         self.student = student
         self.settings = settings
@@ -105,12 +105,12 @@ class Method(nn.Module):
                                                         num_output_channels, deep_supervision)
 
     @classmethod
-    def graphs(cls, settings: Settings) -> int:
+    def graphs(cls, settings: BaseSettings) -> int:
         """Network graphs that the one-pass arrangement holds in memory at once (a plain nnU-Net step holds 1)."""
         return 2 if cls.uses_unlabelled else 1
 
     @classmethod
-    def check(cls, context: Context, settings: Settings) -> None:
+    def check(cls, context: Context, settings: BaseSettings) -> None:
         """Raise UserError where the data set or the settings cannot work with this method, before anything is built."""
 
     def optimizers(self, initial_lr: float, weight_decay: float,

@@ -15,12 +15,12 @@ from torch import nn
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
-from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.teachers import EMATeacher
 
 
 @dataclass(frozen=True)
-class MeanTeacherSettings(Settings):
+class MeanTeacherSettings(BaseSettings):
     """consistency_weight: of the mean squared difference of probabilities. ramp_fraction: share of training over which
     it ramps up. ema_decay: of the teacher. noise: standard deviation of the noise on inputs (z-scored intensities).
     deploy: which network is validated and deployed."""
@@ -36,7 +36,7 @@ class MeanTeacher(Method):
     """Supervised loss + w(t) mean (p - p')^2 to the EMA teacher, noise on both inputs."""
 
     name: ClassVar[str] = "MeanTeacher"
-    Settings: ClassVar[type[Settings]] = MeanTeacherSettings
+    Settings: ClassVar[type[BaseSettings]] = MeanTeacherSettings
     settings: MeanTeacherSettings
 
     def __init__(self, student: nn.Module, settings: MeanTeacherSettings, context: Context) -> None:

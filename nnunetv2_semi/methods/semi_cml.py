@@ -20,6 +20,7 @@ from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast, slices_as_areas
 from nnunetv2_semi.losses.predictions import (
+    Logits,
     confusion_counts,
     dice_from_counts,
     foreground,
@@ -28,16 +29,17 @@ from nnunetv2_semi.losses.predictions import (
 )
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
-from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality
-from nnunetv2_semi.teachers import BestModelAverage, EMATeacher
+from nnunetv2_semi.teachers import BestModelAverage, EMATeacher, Teacher
 
 _DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 
 
 @dataclass(frozen=True)
-class SemiCMLSettings(Settings):
-    """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight, temperature, areas ("slice":
+class SemiCMLSettings(BaseSettings):
+    """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside a
+    supervised loss of 10 BCE + 7 Dice, so beside nnU-Net's CE + Dice the same share is 0.5), temperature, areas ("slice":
     2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), consistency_weight (of the
     mean squared difference, sigmoid ramp-up over ramp_fraction of training).
     Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
@@ -48,7 +50,7 @@ class SemiCMLSettings(Settings):
     """
 
     asc: bool = True
-    asc_weight: float = 3.5
+    asc_weight: float = 0.5
     temperature: float = 1.0
     areas: Literal["slice", "volume"] = "slice"
     max_slices: int = 16
@@ -80,7 +82,7 @@ class SemiCML(Method):
     """Contrastive mutual learning of paired modalities, then pseudo-label re-learning."""
 
     name: ClassVar[str] = "SemiCML"
-    Settings: ClassVar[type[Settings]] = SemiCMLSettings
+    Settings: ClassVar[type[BaseSettings]] = SemiCMLSettings
     settings: SemiCMLSettings
     student: ModalityBranches
     train_counts: torch.Tensor
@@ -88,7 +90,7 @@ class SemiCML(Method):
     def __init__(self, student: ModalityBranches, settings: SemiCMLSettings, context: Context) -> None:
         super().__init__(student, settings, context)
         self.names = student.names
-        self.teachers = nn.ModuleList(
+        self._teachers = nn.ModuleList(
             EMATeacher(branch, settings.ema_decay) if settings.teacher == "ema" else BestModelAverage(branch)
             for branch in student.branches)
         self.better = self.names[0]
@@ -97,6 +99,11 @@ class SemiCML(Method):
         self._step_counts: dict[str, torch.Tensor] = {}
 
     # networks
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """One teacher per modality, in the order of ``names``."""
+        return [teacher for teacher in self._teachers if isinstance(teacher, Teacher)]
 
     @classmethod
     def build_student(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
@@ -109,7 +116,7 @@ class SemiCML(Method):
         return ModalityBranches(branches, channels, semi["regions"])
 
     @classmethod
-    def check(cls, context: Context, settings: Settings) -> None:
+    def check(cls, context: Context, settings: BaseSettings) -> None:
         names = list(context.modalities)
         if len(names) < 2:
             raise UserError(
@@ -121,7 +128,7 @@ class SemiCML(Method):
             raise UserError(f'Plans file, "semi": better_modality is {better!r}, but the modalities are {names}.')
 
     @classmethod
-    def graphs(cls, settings: Settings) -> int:
+    def graphs(cls, settings: BaseSettings) -> int:
         return 2 * len(settings.modalities or {})
 
     def called_networks(self) -> list[nn.Module]:
@@ -234,7 +241,7 @@ class SemiCML(Method):
 
     # which modality is better
 
-    def _count(self, name: str, output: torch.Tensor | list[torch.Tensor], batch: Batch) -> None:
+    def _count(self, name: str, output: Logits, batch: Batch) -> None:
         target = batch.target if isinstance(batch.target, torch.Tensor) else batch.target[0]
         with torch.no_grad():
             predicted = probabilities(output, self.context.regions).detach()

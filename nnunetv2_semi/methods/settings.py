@@ -83,7 +83,8 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f'Plans file, "semi": unknown setting {key!r} for {section}.{hint} '
                             f"Allowed: {', '.join(sorted(names))}.")
-    return cls(**{key: _checked(value, hints[key], key) for key, value in {**shared, **own}.items()})
+    checked: dict = {key: _checked(value, hints[key], key) for key, value in {**shared, **own}.items()}
+    return cls(**checked)
 
 
 def settings_for_plan(settings: Settings, section: str) -> dict:

@@ -2,7 +2,13 @@ import pytest
 import torch
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 
-from nnunetv2_semi.losses.predictions import agreement, confusion_counts, dice_from_counts, hard_foreground, probabilities
+from nnunetv2_semi.losses.predictions import (
+    agreement,
+    confusion_counts,
+    dice_from_counts,
+    hard_foreground,
+    probabilities,
+)
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
 
 

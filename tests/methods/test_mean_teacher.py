@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
-from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.step import TrainingStep
 
 

@@ -98,7 +98,7 @@ def make_trainer(workspace: Path, trainer: str, configuration: str = "3d_fullres
     return cls(plans, configuration, fold, dataset_json, torch.device("cpu"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tools():
     """The functions above."""
     return SimpleNamespace(run=run_command, set_semi=set_semi, prepare=prepare, plans_path=plans_path,

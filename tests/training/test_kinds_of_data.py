@@ -13,7 +13,7 @@ KINDS = {
     "regions with ignore label": {"regions": True, "ignore_label": True},
     "one channel": {"channels": 1},
     "four channels": {"channels": 4},
-    "anisotropic": {"shape": (8, 24, 20), "spacing": (4.0, 1.0, 1.0)},
+    "anisotropic": {"shape": (12, 24, 20), "spacing": (4.0, 1.0, 1.0)},
 }
 TRAINERS = ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML"]
 
@@ -40,7 +40,7 @@ def test_3d(tools, tmp_path, monkeypatch, kind):
 def test_2d_and_settings_of_the_network(tools, tmp_path, monkeypatch):
     """2D slices of 3D cases; then without deep supervision, with batch size 1, and with the passes joined."""
     workspace = tmp_path / "w"
-    tools.prepare(workspace, "2d", monkeypatch, shape=(10, 20, 16))
+    tools.prepare(workspace, "2d", monkeypatch, shape=(12, 20, 16))
     train_all(tools, workspace, "2d", SemiCML={"prel_start": 0.5})
     train_all(tools, workspace, "2d", deep_supervision=False)
     train_all(tools, workspace, "2d", arrangement="one_pass", SemiCML={"prel_start": 0.5})

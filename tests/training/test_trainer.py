@@ -157,7 +157,7 @@ def test_log_names_every_term_with_its_weight(tools, workspace):
     second_stage = [key for key in log if key.startswith("semi/loss_prel_")]
     assert second_stage and np.isnan(log[second_stage[0]][0]) and np.isfinite(log[second_stage[0]][1])
     text = Path(trainer.log_file).read_text()
-    assert "asc " in text and "(weight 3.5000)" in text
+    assert "asc " in text and "(weight 0.5000)" in text
     assert (Path(trainer.output_folder) / "progress.png").stat().st_size > 10_000
 
 

@@ -1,0 +1,49 @@
+"""Ratios measured side by side, and tables of them.
+
+Absolute times say little on a machine that does other work too. So what is compared runs alternately in one process, and
+medians are divided.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over rounds, in seconds: wall-clock time and this process's CPU time."""
+
+    wall: float
+    cpu: float
+
+
+def alternately(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Call all ``functions`` in turn, ``rounds`` times after one round of warm-up; their median times."""
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for measured_round in range(-1, rounds):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            if measured_round >= 0:
+                measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: Timing(statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times))
+            for name, times in measured.items()}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats are shown with two decimals."""
+    shown = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    columns = list(zip(header, *shown, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [header, *shown]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """The kind of machine, in words."""
+    return f"{os.cpu_count()} CPU cores"

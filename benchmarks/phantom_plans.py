@@ -1,0 +1,125 @@
+"""A phantom data set in temporary folders, its plans, and trainers on them, as the benchmarks need them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, preprocess_dataset
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semi.data.phantom import make_phantom_dataset
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.trainer import nnUNetTrainerSemi
+
+CONFIGURATION = "3d_fullres"
+_DATASET_ID = 1
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """A raw data set with nnU-Net's fingerprint; ``dataset_json`` is what its dataset.json holds."""
+
+    raw: Path
+    preprocessed: Path
+    dataset_json: dict
+
+    def plan(self, planner_class: type[ExperimentPlanner], gpu_memory_gb: float = 8.0,
+             base_features: int | None = None, image_shape: tuple[int, ...] | None = None) -> dict:
+        """The plans. base_features: of the first stage, the limit of the deepest in proportion; None for the planner's.
+
+        image_shape: voxels per axis to plan for in place of the phantom's own.
+        """
+        with _quiet():
+            planner = planner_class(_DATASET_ID, gpu_memory_target_in_gb=gpu_memory_gb)
+            if base_features is not None:
+                scale = base_features / planner.UNet_base_num_features
+                planner.UNet_base_num_features = base_features
+                planner.UNet_max_features_3d = int(planner.UNet_max_features_3d * scale)
+            if image_shape is not None:
+                fingerprint = planner.dataset_fingerprint
+                fingerprint["shapes_after_crop"] = [list(image_shape)] * len(fingerprint["shapes_after_crop"])
+            planner.plan_experiment()
+        return json.loads((self.preprocessed / f"{planner.plans_identifier}.json").read_text())
+
+    def preprocess(self, plans: dict) -> None:
+        """Preprocess the labelled cases for ``plans`` (those of the last ``plan``)."""
+        with _quiet(), _threads_for_processes():
+            preprocess_dataset(_DATASET_ID, plans["plans_name"], [CONFIGURATION], num_processes=[1])
+
+    def trainer(self, method: type[Method] | None, plans: dict,
+                semi: Mapping[str, object] | None = None) -> nnUNetTrainer:
+        """nnU-Net's own trainer (``method`` None) or ours, not initialized; ``semi`` extends the plans' object."""
+        plans = {**deepcopy(plans), "continue_training": False}
+        configuration = plans["configurations"][CONFIGURATION]
+        configuration["semi"] = {**configuration.get("semi", {}), **(semi or {})}
+        trainer_class = nnUNetTrainer if method is None else type(method.__name__ + "Trainer", (nnUNetTrainerSemi,),
+                                                                  {"method_class": method})
+        with _quiet():
+            return trainer_class(plans, CONFIGURATION, 0, self.dataset_json, torch.device("cpu"))
+
+    def loaders(self, method: type[Method], plans: dict) -> dict[str, nnUNetDataLoader]:
+        """The loaders of training batches that our trainer of ``method`` uses."""
+        trainer = self.trainer(method, plans)
+        with _quiet():
+            trainer.initialize()
+            training, validation = trainer.get_dataloaders()
+        validation.close()
+        training.close()
+        return training.batches.loaders
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _threads_for_processes() -> AbstractContextManager:
+    """Within the block nnU-Net's worker processes are threads: for a few tiny cases starting processes takes longer."""
+    return mock.patch("multiprocessing.get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+
+
+@contextmanager
+def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int) -> Iterator[Phantom]:
+    """Make a two-modality phantom with its fingerprint; nnU-Net's folders point to it within the block."""
+    with tempfile.TemporaryDirectory(prefix="nnunetv2_semi_benchmark_") as folder:
+        folders = {f"nnUNet_{name}": str(Path(folder) / name) for name in ("raw", "preprocessed", "results")}
+        with mock.patch.dict(os.environ, {**folders, "nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"}):
+            raw = make_phantom_dataset(Path(folders["nnUNet_raw"]), _DATASET_ID, labelled=labelled,
+                                       unlabelled=unlabelled, test=0, shape=shape, seed=seed)
+            with _quiet(), _threads_for_processes():
+                extract_fingerprints([_DATASET_ID], num_processes=1)
+            preprocessed = Path(folders["nnUNet_preprocessed"]) / raw.name
+            yield Phantom(raw, preprocessed, json.loads((raw / "dataset.json").read_text()))
+
+
+def random_batch(trainer: nnUNetTrainer, patch_size: tuple[int, ...], seed: int) -> dict:
+    """A batch as the trainer's ``train_step`` takes it: noise, and labels at random.
+
+    What a step costs depends on shapes alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = trainer.configuration_manager.batch_size
+    channels = len(trainer.dataset_json["channel_names"])
+    images = [torch.randn(size, channels, *patch_size, generator=generator) for _ in range(2)]
+    labels = torch.randint(trainer.label_manager.num_segmentation_heads, (size, 1, *patch_size), generator=generator)
+    target = [torch.nn.functional.interpolate(labels.float(), scale_factor=tuple(scale), mode="nearest")
+              for scale in trainer._get_deep_supervision_scales()]
+    labelled = {"data": images[0], "target": target}
+    if isinstance(trainer, nnUNetTrainerSemi):
+        return {"labelled": labelled, "unlabelled": {"data": images[1]}}
+    return labelled

@@ -1,0 +1,80 @@
+"""Where a trainer's batches come from: splits, unlabelled cases, and streams of both kinds of patches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunetv2_semi import compat
+from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
+from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
+from nnunetv2_semi.data.whole_files import write_json_whole
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.settings import Settings
+
+_NNUNET_FOLDS = 5
+
+
+def write_small_split(trainer: nnUNetTrainer) -> None:
+    """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases.
+
+    Does nothing where a split exists or fold is "all". Raises UserError for a fold that the cases do not make.
+    """
+    path = os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
+    if trainer.fold == "all" or os.path.isfile(path):
+        return
+    folder = trainer.preprocessed_dataset_folder
+    cases = infer_dataset_class(folder).get_identifiers(folder)
+    if len(cases) >= _NNUNET_FOLDS:
+        return
+    if len(cases) < 2 or trainer.fold >= len(cases):
+        raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
+                        f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
+    trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
+    write_json_whole(path, compat.crossval_split(cases, len(cases)))
+
+
+def prepare(trainer: nnUNetTrainer, settings: Settings) -> UnlabelledCases:
+    """The unlabelled cases, preprocessed where new or changed. Raises UserError for what is wrong with them."""
+    cases = prepare_unlabelled(
+        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, num_processes=default_num_processes,
+        skip_unreadable=settings.skip_unreadable, report=trainer.print_to_log_file)
+    trainer.print_to_log_file(f"{len(cases.identifiers)} unlabelled cases in {cases.folder}")
+    return cases
+
+
+def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: UnlabelledCases,
+                      labelled: nnUNetDataLoader) -> nnUNetDataLoader:
+    """Draws unlabelled patches of the same sizes, with the same augmentation, as nnU-Net's ``labelled`` loader."""
+    size = settings.unlabelled_batch_size
+    if size is None:
+        size = trainer.batch_size
+    elif trainer.is_ddp:
+        size = max(1, size // dist.get_world_size())
+    spatial = slice(1, None) if labelled.patch_size_was_2d else slice(None)
+    dataset = infer_dataset_class(cases.folder)(cases.folder, list(cases.identifiers))
+    return unlabelled_patch_loader(
+        dataset, size, labelled.patch_size[spatial], labelled.final_patch_size[spatial], trainer.label_manager,
+        compat.training_transforms_without_target(trainer),
+        mask_needed=any(trainer.configuration_manager.use_mask_for_norm))
+
+
+def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mapping[str, nnUNetDataLoader],
+           batches_per_epoch: int) -> BatchStream:
+    """Batches of ``sources`` from the trainer's current epoch on, made by nnU-Net's number of worker processes.
+
+    The validation stream gets half of them, as in nnU-Net.
+    """
+    workers = get_allowed_n_proc_DA()
+    return BatchStream(
+        SeededBatches(sources, seed=settings.seed, stream=name, rank=trainer.local_rank),
+        start=trainer.current_epoch * batches_per_epoch,
+        num_workers=workers if name == "training" else (workers + 1) // 2,
+        pin_memory=trainer.device.type == "cuda")

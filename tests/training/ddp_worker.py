@@ -1,0 +1,65 @@
+"""One process of a two-process training on the CPU; run by test_ddp.py, which passes rank, world size and folders."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "methods"))
+sys.path.insert(0, str(HERE))
+
+
+def steps(rank: int, world: int, folder: Path, kind: str) -> None:
+    """A few steps of a method on fixed batches, of which each process has its share."""
+    from conftest import context, random_batch, small_network
+
+    from nnunetv2_semi.methods.base import Batch
+    from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+    from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
+    from nnunetv2_semi.networks.modality_branches import ModalityBranches
+    from nnunetv2_semi.step import TrainingStep
+
+    torch.manual_seed(1)
+    if kind == "SemiCML":
+        names = {"m0": [0], "m1": [1]}
+        student = ModalityBranches({n: small_network(1, 3) for n in names}, names, False)
+        method = SemiCML(student, SemiCMLSettings(modalities=names, asc=False, prel_noise=0.0), context())
+    else:
+        method = MeanTeacher(small_network(2, 3), MeanTeacherSettings(noise=0.0), context())
+    step = TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=rank,
+                        max_skipped_steps=5)
+    skipped = []
+    for number, progress in enumerate((0.1, 0.5, 0.7, 0.99)):
+        batch = random_batch(seed=number)
+        if kind == "nan" and number == 1 and rank == world - 1:
+            batch.unlabelled[-1].fill_(float("nan"))
+        share = slice(rank * 2 // world, (rank + 1) * 2 // world)
+        _, values = step.run(Batch(batch.labelled[share], batch.target[share], batch.unlabelled[share]), number, progress)
+        skipped.append(values["skipped_steps"])
+    method.after_epoch()
+    torch.save({"state": method.state_dict(), "skipped": skipped}, folder / f"{kind}_{world}_{rank}.pt")
+
+
+def training(rank: int, world: int, folder: Path, kind: str) -> None:
+    """A whole training of a trainer on the phantom whose folders the environment names."""
+    from conftest import make_trainer
+
+    trainer = make_trainer(folder / "w", f"nnUNetTrainerSemi{kind}")
+    trainer.run_training()
+    torch.save({"state": trainer.method.state_dict(), "batch": trainer.batch_size}, folder / f"run_{kind}_{rank}.pt")
+
+
+if __name__ == "__main__":
+    what, kind, rank, world, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
+    if what == "steps":
+        sys.path.remove(str(HERE))
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{what}_{kind}", rank=rank,
+                                world_size=world, timeout=timedelta(minutes=4))
+    {"steps": steps, "training": training}[what](rank, world, folder, kind)
+    if world > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,152 @@
+"""A whole life of a Semi-CML model through the commands that users type."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+TRAIN = ("nnUNetv2_train", "1", "3d_fullres", "0", "-tr", "nnUNetTrainerSemiCML", "-p", "nnUNetSemiCPUPlans",
+         "-device", "cpu")
+MODEL = ("-d", "1", "-tr", "nnUNetTrainerSemiCML", "-p", "nnUNetSemiCPUPlans", "-c", "3d_fullres")
+ON_CPU = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_workspace, tools, tmp_path_factory):
+    """The phantom's folders with a model that ``nnUNetv2_train`` trained without interruption."""
+    workspace = tmp_path_factory.mktemp("commands") / "w"
+    shutil.copytree(phantom_workspace, workspace)
+    tools.set_semi(workspace, num_epochs=4, num_iterations_per_epoch=4, SemiCML={"prel_start": 0.5})
+    (workspace / "printed.txt").write_text(tools.run(workspace, *TRAIN).stdout)
+    yield workspace
+    shutil.rmtree(workspace)
+
+
+def model_folder(workspace):
+    return next((workspace / "nnUNet_results").glob("Dataset001_*/nnUNetTrainerSemiCML__*"))
+
+
+def modalities(workspace):
+    plans = json.loads((model_folder(workspace) / "plans.json").read_text())
+    return plans["configurations"]["3d_fullres"]["semi"]["modalities"]
+
+
+def raw(workspace):
+    return next((workspace / "nnUNet_raw").glob("Dataset001_*"))
+
+
+def test_training_reports_and_validates_every_modality(trained):
+    printed = (trained / "printed.txt").read_text()
+    fold = model_folder(trained) / "fold_0"
+    for name in modalities(trained):
+        assert f"validation_dice_{name}" in printed and f"Validation of {name} alone" in printed
+        assert 0 <= json.loads((fold / name / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
+    assert "prel_" in printed and "Mean Validation Dice" in printed
+    assert (fold / "validation" / "summary.json").is_file()
+
+
+def test_killed_and_continued_it_ends_with_the_same_weights(trained, tools, tmp_path):
+    workspace = tmp_path / "w"
+    shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("nnUNet_results"))
+    (workspace / "nnUNet_results").mkdir()
+    process = subprocess.Popen([tools.command(TRAIN[0]), *TRAIN[1:]], env=tools.environment(workspace),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not list((workspace / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")):
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    fold = model_folder(workspace) / "fold_0"
+    assert not (fold / "checkpoint_final.pth").exists()
+    tools.run(workspace, *TRAIN, "--c")
+    one, other = (tools.load(folder / "checkpoint_final.pth") for folder in (model_folder(trained) / "fold_0", fold))
+    assert one["network_weights"].keys() == other["network_weights"].keys()
+    assert all(torch.equal(one["network_weights"][k], other["network_weights"][k]) for k in one["network_weights"])
+    assert one["current_epoch"] == other["current_epoch"] == 4
+
+
+def test_best_checkpoint_is_validated(trained, tools):
+    printed = tools.run(trained, *TRAIN, "--val", "--val_best").stdout
+    assert "Mean Validation Dice" in printed
+
+
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_stock_prediction_averages_the_modalities_and_each_is_exported(trained, tools, tmp_path):
+    """nnUNetv2_predict with all modalities; export; each exported model alone, with this package out of reach."""
+    images = raw(trained) / "imagesTs"
+    tools.run(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "all"), *MODEL, "-f", "0", *ON_CPU,
+              "--save_probabilities")
+    together = np.load(next((tmp_path / "all").glob("*.npz")))["probabilities"]
+    tools.run(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "exported"))
+    singles = []
+    for name, channels in modalities(trained).items():
+        folder = tmp_path / "exported" / name
+        assert list(json.loads((folder / "dataset.json").read_text())["channel_names"]) == ["0"]
+        assert "semi" not in (folder / "plans.json").read_text().lower().replace("nnunetsemicpuplans", "")
+        single_input = tmp_path / f"input_{name}"
+        single_input.mkdir()
+        for image in images.glob(f"*_{channels[0]:04d}.nii.gz"):
+            shutil.copy(image, single_input / image.name.replace(f"_{channels[0]:04d}", "_0000"))
+        predict_without_this_package(trained, tools, single_input, tmp_path / f"out_{name}", folder)
+        singles.append(np.load(next((tmp_path / f"out_{name}").glob("*.npz")))["probabilities"])
+        assert read(next((tmp_path / f"out_{name}").glob("*.nii.gz"))).shape == read(next(images.iterdir())).shape
+    # Together: the mean of the probabilities. nnU-Net averages logits over windows, so near window borders not exactly.
+    assert np.abs(together - np.mean(singles, 0)).mean() < 0.02
+    assert np.abs(singles[0] - singles[1]).mean() > 1e-3
+
+
+def predict_without_this_package(workspace, tools, images, output, model):
+    program = (
+        "import sys, importlib.abc\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.startswith('nnunetv2_semi') or '.semi' in name: raise ImportError(name + ' must not be needed')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
+        "if __name__ == '__main__': predict_entry_point_modelfolder()\n")
+    script = output.with_suffix(".py")
+    script.write_text(program)
+    result = subprocess.run([sys.executable, script, "-i", images, "-o", output, "-m", model, "-f", "0", *ON_CPU,
+                             "--save_probabilities"], env=tools.environment(workspace), text=True, timeout=300,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_zip_holds_the_deployed_model(trained, tools, tmp_path):
+    target = tmp_path / "model.zip"
+    tools.run(trained, "nnUNetv2_export_model_to_zip", *MODEL, "-f", "0", "-o", str(target))
+    assert any(name.endswith("fold_0/checkpoint_final.pth") for name in zipfile.ZipFile(target).namelist())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--modality", "PET"], "No network for modality 'PET'. Modalities of this model:"),
+    (["-f", "3"], "no checkpoint_final.pth for fold 3"),
+])
+def test_export_says_what_there_is(trained, tools, tmp_path, arguments, message):
+    result = tools.run(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "x"), *arguments, check=False)
+    assert result.returncode == 1 and message in result.stdout and "Traceback" not in result.stdout
+
+
+def test_export_never_writes_over_something(trained, tools, tmp_path):
+    (tmp_path / "full").mkdir()
+    Path(tmp_path / "full" / "thesis.txt").write_text("mine")
+    result = tools.run(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "full"), "--modality",
+                       next(iter(modalities(trained))), check=False)
+    assert result.returncode == 1 and "not empty" in result.stdout
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
