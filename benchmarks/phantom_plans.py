@@ -43,7 +43,8 @@ class Phantom:
 
         image_shape: voxels per axis to plan for in place of the phantom's own.
         """
-        with _quiet():
+        # nnU-Net's planner takes this number of loader processes for its number of threads, and fails with 0
+        with _quiet(), mock.patch.dict(os.environ, {"nnUNet_n_proc_DA": "1"}):
             planner = planner_class(_DATASET_ID, gpu_memory_target_in_gb=gpu_memory_gb)
             if base_features is not None:
                 scale = base_features / planner.UNet_base_num_features
@@ -105,6 +106,21 @@ def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int) -
                 extract_fingerprints([_DATASET_ID], num_processes=1)
             preprocessed = Path(folders["nnUNet_preprocessed"]) / raw.name
             yield Phantom(raw, preprocessed, json.loads((raw / "dataset.json").read_text()))
+
+
+def ready(trainer: nnUNetTrainer) -> nnUNetTrainer:
+    """The trainer, initialized, as its first step finds it; without preprocessed cases, which no step here needs."""
+    cases = Path(trainer.preprocessed_dataset_folder)
+    cases.mkdir(exist_ok=True)
+    (cases / "none.b2nd").touch()  # nnU-Net tells the storage format by the files it finds
+    with _quiet():
+        trainer.initialize()
+    if isinstance(trainer, nnUNetTrainerSemi):
+        trainer.method.on_start()
+        trainer.method.train()
+    else:
+        trainer.network.train()
+    return trainer
 
 
 def random_batch(trainer: nnUNetTrainer, patch_size: tuple[int, ...], seed: int) -> dict:

@@ -1,0 +1,92 @@
+"""How long a training step takes, relative to that of nnU-Net's own trainer with the same plans, patch and batch.
+
+Beside it stand the passes through a network that a step consists of, counted while it runs: a batch forward is 1, backward
+is 2. Time beyond that ratio is overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from measuring import alternately, machine, table
+from nnunetv2.experiment_planning.semi.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from phantom_plans import phantom, random_batch, ready
+from torch import nn
+from variants import STOCK, VARIANTS
+
+from nnunetv2_semi.trainer import nnUNetTrainerSemi
+
+
+class Passes:
+    """Batches that went through networks, in units of ``batch_size`` patches."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.forward = self.backward = 0.0
+
+    @contextmanager
+    def counted(self, networks: Sequence[nn.Module]) -> Iterator[None]:
+        """Count within the block. A recomputation for the backward pass counts as a forward pass."""
+        handles = [network.register_forward_pre_hook(self._before) for network in networks]
+        handles += [network.register_forward_hook(self._after) for network in networks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, network: nn.Module, images: tuple[torch.Tensor]) -> None:
+        self.forward += len(images[0]) / self.batch_size
+
+    def _after(self, network: nn.Module, images: tuple[torch.Tensor],
+               output: torch.Tensor | list[torch.Tensor]) -> None:
+        finest = output if isinstance(output, torch.Tensor) else output[0]
+        if finest.requires_grad:
+            finest.register_hook(self._backward)
+
+    def _backward(self, gradient: torch.Tensor) -> None:
+        self.backward += len(gradient) / self.batch_size
+
+
+def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:
+    """The passes of one step."""
+    networks = trainer.method.called_networks() if isinstance(trainer, nnUNetTrainerSemi) else [trainer.network]
+    passes = Passes(trainer.batch_size)
+    with passes.counted(networks):
+        trainer.train_step(batch)
+    return passes
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, all trainers in each (default: 3)")
+    parser.add_argument("--shape", type=int, nargs=3, default=(32, 40, 32), help="of the phantom's images, voxels")
+    parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="TRAINER", choices=list(VARIANTS),
+                        help="trainers beside nnU-Net's own (default: all of " + ", ".join(VARIANTS) + ")")
+    arguments = parser.parse_args(argv)
+    chosen = [STOCK, *(name for name in arguments.only if name != STOCK)]
+    with phantom(2, 1, tuple(arguments.shape), arguments.seed) as data:
+        plans = data.plan(nnUNetPlannerSemiCPU)
+        trainers = {name: ready(data.trainer(VARIANTS[name].method, plans, VARIANTS[name].semi)) for name in chosen}
+        patch = tuple(trainers[STOCK].configuration_manager.patch_size)
+        batches = {name: random_batch(trainer, patch, arguments.seed) for name, trainer in trainers.items()}
+        passes = {name: passes_of(trainer, batches[name]) for name, trainer in trainers.items()}
+        times = alternately({name: lambda name=name: trainers[name].train_step(batches[name]) for name in chosen},
+                            arguments.rounds)
+    cost = {name: count.forward + 2 * count.backward for name, count in passes.items()}
+    stock = times[STOCK]
+    print(f"{machine()}, {torch.get_num_threads()} threads, patch {list(patch)}, batch size "
+          f"{trainers[STOCK].batch_size}, {arguments.rounds} rounds, seed {arguments.seed}\n")
+    print(table(["trainer", "forward", "backward", "passes", "wall time", "CPU time", "CPU time per pass"],
+                [[name, f"{passes[name].forward:g}", f"{passes[name].backward:g}", cost[name] / cost[STOCK],
+                  times[name].wall / stock.wall, times[name].cpu / stock.cpu,
+                  times[name].cpu / stock.cpu * cost[STOCK] / cost[name]] for name in chosen]))
+
+
+if __name__ == "__main__":
+    main()
