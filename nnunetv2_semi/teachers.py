@@ -20,6 +20,7 @@ class Teacher(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
+        self._student = (student,)  # in a tuple, so that the student is not a part of the teacher
         self.network = deepcopy(student).requires_grad_(False)
         self.eval()
 
@@ -32,15 +33,14 @@ class Teacher(nn.Module):
         with torch.no_grad():
             return self.network(image)
 
-    @torch.no_grad()
-    def copy_from(self, student: nn.Module) -> None:
+    def reset(self) -> None:
         """Take over the student's weights, as at the start of training or after pretrained weights were loaded."""
-        self.blend_in(student, 1.0)
+        self.blend_in(1.0)
 
     @torch.no_grad()
-    def blend_in(self, student: nn.Module, share: float) -> None:
+    def blend_in(self, share: float) -> None:
         """teacher <- teacher + share (student - teacher), one fused call; integer buffers are copied."""
-        ours, theirs = list(_tensors(self.network)), list(_tensors(student))
+        ours, theirs = list(_tensors(self.network)), list(_tensors(self._student[0]))
         floats = [(o, t) for o, t in zip(ours, theirs, strict=True) if o.is_floating_point()]
         others = [(o, t) for o, t in zip(ours, theirs, strict=True) if not o.is_floating_point()]
         if floats:
@@ -72,13 +72,13 @@ class EMATeacher(Teacher):
         self.decay = decay
         self.updates = 0
 
-    def update(self, student: nn.Module) -> None:
+    def update(self) -> None:
         """Average the student in, after an optimiser step."""
-        self.blend_in(student, 1.0 - warmed_up_decay(self.updates, self.decay))
+        self.blend_in(1.0 - warmed_up_decay(self.updates, self.decay))
         self.updates += 1
 
-    def copy_from(self, student: nn.Module) -> None:
-        super().copy_from(student)
+    def reset(self) -> None:
+        super().reset()
         self.updates = 0
 
     def get_extra_state(self) -> int:
@@ -100,13 +100,13 @@ class BestModelAverage(Teacher):
         self.keep = keep
         self.best: list[float] = []
 
-    def update(self, student: nn.Module, score: float) -> bool:
+    def update(self, score: float) -> bool:
         """Average the student in if ``score`` (a Dice, 0 to 1) enters the best; returns whether it did."""
         if score <= 0 or (len(self.best) == self.keep and score <= self.best[-1]):
             return False
         first = not self.best
         self.best = sorted([*self.best, score], reverse=True)[: self.keep]
-        self.blend_in(student, 1.0 if first else (score - self.best[-1]) / score)
+        self.blend_in(1.0 if first else (score - self.best[-1]) / score)
         return True
 
     def get_extra_state(self) -> list[float]:

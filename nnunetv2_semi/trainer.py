@@ -23,6 +23,7 @@ from nnunetv2_semi import checkpoints, compat, training_data
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
 from nnunetv2_semi.data.loader import BatchStream
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process, sum_over_processes
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
 from nnunetv2_semi.losses.predictions import dice_from_counts
 from nnunetv2_semi.methods.base import Batch, Context, Method
@@ -96,19 +97,25 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._set_batch_size_and_oversample()
         self.loss = self._build_loss()
         one_pass = self._one_pass()
+        num_heads = self.label_manager.num_segmentation_heads
         context = Context(
             supervised_loss=lambda output, target: self.loss(output, target),
             regions=self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
             spacing=tuple(self.configuration_manager.spacing), modalities=self.settings.modalities or {},
-            one_pass=one_pass, sum_over_processes=sum_over_processes)
+            one_pass=one_pass, sum_over_processes=sum_over_processes,
+            patch_size=tuple(self.configuration_manager.patch_size), num_heads=num_heads,
+            build_network=lambda channels: nnUNetTrainer.build_network_architecture(
+                self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision))
         self.method_class.check(context, self.settings)
 
         torch.manual_seed(self.settings.seed)
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
                                                                self.dataset_json)
         student = self.build_network_architecture(self.plans_manager, self.configuration_manager,
-                                                  self.num_input_channels, self.label_manager.num_segmentation_heads,
-                                                  self.enable_deep_supervision)
+                                                  self.num_input_channels, num_heads, self.enable_deep_supervision)
+        if self.enable_deep_supervision and not any(hasattr(m, "deep_supervision") for m in student.modules()):
+            raise UserError(f"The network of {self.method_class.name} has no deep supervision. Set "
+                            '"deep_supervision": false in the "semi" object of the configuration in the plans file.')
         if self.is_ddp and self.device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.method = self.method_class(student, self.settings, context).to(self.device)

@@ -107,7 +107,7 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         plan["semi"] = self.semi_settings()
         return plan
 
-    def semi_settings(self) -> dict[str, int]:
+    def semi_settings(self) -> dict[str, int | float]:
         """The object "semi" of each configuration."""
         return {"planned_graphs": self.planned_graphs}
 

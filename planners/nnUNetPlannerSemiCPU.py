@@ -88,11 +88,17 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
         plan["batch_size"] = _BATCH_SIZE_2D if len(spacing) == 2 else _BATCH_SIZE_3D
         return plan
 
-    def semi_settings(self) -> dict[str, int]:
-        """The object "semi" of each configuration, with a training short enough for a CPU."""
+    def semi_settings(self) -> dict[str, int | float]:
+        """The object "semi" of each configuration, with a training short enough for a CPU.
+
+        nnU-Net's momentum of 0.99 averages 100 steps, too slow for a training of some hundred: 0.9 with ten times the
+        learning rate makes steps of the same size that set in ten times sooner.
+        """
         return {
             **super().semi_settings(),
             "num_epochs": 50,
             "num_iterations_per_epoch": 50,
             "num_val_iterations_per_epoch": 8,
+            "initial_lr": 0.1,
+            "momentum": 0.9,
         }

@@ -64,6 +64,8 @@ class Context:
     supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. regions: region-based labels.
     spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. one_pass: join a step's passes.
     sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
+    patch_size: voxels per axis. num_heads: channels of the logits. build_network: another network of the plan's
+    architecture, freshly initialised, for so many input channels.
     """
 
     supervised_loss: Callable[[Logits, Target], torch.Tensor]
@@ -73,6 +75,9 @@ class Context:
     modalities: dict[str, list[int]]
     one_pass: bool
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor]
+    patch_size: tuple[int, ...]
+    num_heads: int
+    build_network: Callable[[int], nn.Module]
 
 
 class Method(nn.Module):
@@ -86,6 +91,12 @@ class Method(nn.Module):
     name: ClassVar[str] = "Supervised"
     Settings: ClassVar[type[BaseSettings]] = BaseSettings
     uses_unlabelled: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.name[:1].isupper():
+            raise TypeError(f"{cls.__name__}.name must begin with a capital letter, got {cls.name!r}: that tells a "
+                            "method's section in the plans file from a setting")
 
     def __init__(self, student: nn.Module, settings: BaseSettings, context: Context) -> None:
         super().__init__()
@@ -121,18 +132,20 @@ class Method(nn.Module):
         The first is the one that nnU-Net logs and saves as its own.
         """
         trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=0.99, nesterov=True, weight_decay=weight_decay)
+        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=self.settings.momentum, nesterov=self.settings.momentum > 0,
+                                    weight_decay=weight_decay)
         return [(optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs))]
 
     def called_networks(self) -> list[nn.Module]:
         """The networks that ``loss`` and prediction call: these are compiled, in place."""
-        return [self.student, *(child.network for child in self.children() if isinstance(child, Teacher))]
+        own = [child for child in self.children() if not any(isinstance(m, Teacher) for m in child.modules())]
+        return [*own, *(module.network for module in self.modules() if isinstance(module, Teacher))]
 
     def on_start(self) -> None:
         """Before the first step of a new training, after pretrained weights were loaded: teachers take them over."""
-        for child in self.children():
-            if isinstance(child, Teacher):
-                child.copy_from(self.student)
+        for module in self.modules():
+            if isinstance(module, Teacher):
+                module.reset()
 
     # 2. loss
 
@@ -195,4 +208,6 @@ class Method(nn.Module):
 
         semi: the ``"semi"`` object in the model's plans. Empty where the deployed network is not nnU-Net's own.
         """
+        if cls.build_student.__func__ is not Method.build_student.__func__:  # type: ignore[attr-defined]
+            return {}
         return {"": (list(range(num_channels)), weights)}

@@ -54,7 +54,7 @@ class MeanTeacher(Method):
         yield [Term("consistency", torch.mean((student - teacher) ** 2), weight)]
 
     def after_step(self) -> None:
-        self.teacher.update(self.student)
+        self.teacher.update()
 
     def deployable(self) -> nn.Module:
         return self.teacher.network if self.settings.deploy == "teacher" else self.student

@@ -38,8 +38,8 @@ _DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 
 @dataclass(frozen=True)
 class SemiCMLSettings(BaseSettings):
-    """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside a
-    supervised loss of 10 BCE + 7 Dice, so beside nnU-Net's CE + Dice the same share is 0.5), temperature, areas ("slice":
+    """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside
+    a supervised loss of 10 BCE + 7 Dice: beside nnU-Net's CE + Dice the same share is 0.5), temperature, areas ("slice":
     2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), consistency_weight (of the
     mean squared difference, sigmoid ramp-up over ramp_fraction of training).
     Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
@@ -133,10 +133,6 @@ class SemiCML(Method):
 
     def called_networks(self) -> list[nn.Module]:
         return [*self.student.branches, *(teacher.network for teacher in self.teachers)]
-
-    def on_start(self) -> None:
-        for teacher, branch in zip(self.teachers, self.student.branches, strict=True):
-            teacher.copy_from(branch)
 
     # loss
 
@@ -263,16 +259,16 @@ class SemiCML(Method):
         self.train_counts.mul_(_DICE_MEMORY).add_(counts)
         for name, dice in zip(self.names, self.training_dice(), strict=True):
             self.metrics[f"training_dice_{name}"] = dice
-        for teacher, branch in zip(self.teachers, self.student.branches, strict=True):
+        for teacher in self.teachers:
             if isinstance(teacher, EMATeacher):
-                teacher.update(branch)
+                teacher.update()
 
     def after_epoch(self) -> None:
         dice = self.training_dice().tolist()
         self.better = self.names[dice.index(max(dice))]
-        for teacher, branch, score in zip(self.teachers, self.student.branches, dice, strict=True):
+        for teacher, score in zip(self.teachers, dice, strict=True):
             if isinstance(teacher, BestModelAverage):
-                teacher.update(branch, score)
+                teacher.update(score)
 
     # state
 

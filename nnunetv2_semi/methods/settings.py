@@ -16,8 +16,9 @@ from nnunetv2_semi.errors import UserError
 class Settings:
     """What every method has.
 
-    num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch, save_every (epochs), initial_lr,
-    deep_supervision: as in nnU-Net, with its values.
+    num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch, save_every (epochs), initial_lr, momentum,
+    deep_supervision: as in nnU-Net, with its values. A momentum of 0.99 averages 100 steps: for trainings of some hundred
+    steps 0.9, with a larger initial_lr, suits better.
     seed: of network initialisation, sampling, augmentation and noise.
     unlabelled_batch_size: patches per step; None takes the plan's batch size.
     unlabelled_weight: multiplies every unlabelled term (0 leaves the supervised loss alone).
@@ -34,6 +35,7 @@ class Settings:
     num_val_iterations_per_epoch: int = 50
     save_every: int = 50
     initial_lr: float = 1e-2
+    momentum: float = 0.99
     deep_supervision: bool = True
     seed: int = 0
     unlabelled_batch_size: int | None = None
@@ -51,6 +53,7 @@ class Settings:
                     "unlabelled_batch_size": 1}
         for name, lowest in at_least.items():
             self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
+        self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self.require("initial_lr", self.initial_lr > 0, "greater than 0")
 
     def require(self, name: str, holds: bool, expected: str) -> None:

@@ -36,7 +36,7 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
     if deep_supervision:
         loss = DeepSupervisionWrapper(loss, [0.7, 0.3])
     return Context(loss, regions, ignore_label, spacing, {f"m{i}": [i] for i in range(channels)}, one_pass,
-                   sum_over_processes)
+                   sum_over_processes, (8, 8, 8), 3, lambda count: small_network(count, 3))
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

@@ -147,6 +147,8 @@ def test_the_cpu_preset_is_small_whatever_the_images(raw_dataset, shape, spacing
             "num_epochs": 50,
             "num_iterations_per_epoch": 50,
             "num_val_iterations_per_epoch": 8,
+            "initial_lr": 0.1,
+            "momentum": 0.9,
         }
 
 
