@@ -1,8 +1,8 @@
 """Does a training step wait for our loader more than for nnU-Net's own?
 
-Batches from our stream (labelled alone, and labelled with unlabelled) beside those of nnU-Net's loader and augmenter: the
-same phantom, the same transforms, as many worker processes. The network is a no-op, so all time is spent waiting for the
-next batch; with --step-share the step takes that share of the time in which nnU-Net makes a batch.
+Batches from our stream (labelled alone, and labelled with unlabelled) beside those of nnU-Net's loader and augmenter:
+the same phantom, the same transforms, as many worker processes. The network is a no-op, so all time is spent waiting
+for the next batch; with --step-share the step takes that share of the time in which nnU-Net makes a batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ratios measured side by side, and tables of them.
 
-Absolute times say little on a machine that does other work too. So what is compared runs alternately in one process, and
-medians are divided. Memory is counted by the allocator and repeats to the byte.
+Absolute times say little on a machine that does other work too. So what is compared runs alternately in one process,
+and medians are divided. Memory is counted by the allocator and repeats to the byte.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def alternately(functions: Mapping[str, Callable[[], object]], rounds: int) -> d
 
 
 class Allocations:
-    """What torch's CPU allocator hands out and takes back within the block, tensors saved for the backward pass included.
+    """What torch's CPU allocator hands out and takes back within the block, tensors saved for the backward pass too.
 
-    peak: most bytes held at once, of those allocated within the block. largest: bytes of the largest single allocation.
+    peak: most bytes held at once, of those allocated within the block. largest: bytes of the largest single one.
     Scratch memory of the convolution library does not pass through torch's allocator; nor does it on a GPU.
     """
 

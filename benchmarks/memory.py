@@ -6,9 +6,9 @@
 
 Everything is counted: weights, gradients, momentum, teachers, the batch, and what the backward pass keeps. To run on a
 CPU in a minute, networks have a quarter of nnU-Net's features and are planned for 1/32 of its 8 GB. What methods hold
-besides one graph is mostly copies of the weights, so the weights' share of the stock trainer's peak is printed: of an 8 GB
-plan in mixed precision it is about 5 %. A second count, by the operating system, is made with --cross-check: the growth
-of the largest resident size of a fresh process per trainer.
+besides one graph is mostly copies of the weights, so the weights' share of the stock trainer's peak is printed: of an
+8 GB plan in mixed precision it is about 5 %. A second count, by the operating system, is made with --cross-check: the
+growth of the largest resident size of a fresh process per trainer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from measuring import Allocations, machine, table
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.semi.nnUNetPlannerSemi import nnUNetPlannerSemi
@@ -94,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-side", type=int, default=160, help="voxels per axis to plan for (default: 160)")
     parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
     parser.add_argument("--cross-check", action="store_true", help="count by the operating system too")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="TRAINER", choices=list(VARIANTS),
+                        help="trainers beside nnU-Net's own (default: all of " + ", ".join(VARIANTS) + ")")
     parser.add_argument("--one", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--planner", choices=list(PLANNERS), default=STOCK_PLANNER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -122,16 +123,17 @@ def report(data: Phantom, plans: dict[str, dict], arguments: argparse.Namespace)
         line = [name, *cells, f"{counted / 2**20:.0f} MiB", f"{counted / stock[0]:.2f}"]
         return line + ([f"{resident / stock[1]:.2f}"] if resident is not None and stock[1] is not None else [])
 
+    chosen = [name for name in arguments.only if name != STOCK]
     resident_column = ["resident ratio"] if arguments.cross_check else []
     stock = measured(STOCK, STOCK_PLANNER)
     print(f"\n1. nnU-Net's own plans: patch {stock_plans['patch_size']}, batch size {stock_plans['batch_size']}. "
           "Weights, gradients and momentum are "
           f"{weights_share(data, plans[STOCK_PLANNER], stock[0]):.1%} of the stock trainer's peak.\n")
     print(table(["trainer", "peak", "ratio", *resident_column],
-                [row(name, STOCK_PLANNER, stock) for name in VARIANTS]))
+                [row(name, STOCK_PLANNER, stock) for name in [STOCK, *chosen]]))
     print(f"\n2. Same memory to plan for; nnUNetPlannerSemi's patch {semi_plans['patch_size']}, batch size "
           f"{semi_plans['batch_size']}, for {semi_plans['semi']['planned_graphs']} graphs\n")
-    pairs = [(STOCK, STOCK_PLANNER), *((name, "nnUNetPlannerSemi") for name in VARIANTS if "one_pass" in name)]
+    pairs = [(STOCK, STOCK_PLANNER), *((name, "nnUNetPlannerSemi") for name in chosen if "one_pass" in name)]
     print(table(["trainer", "planner", "planned", "peak", "ratio", *resident_column],
                 [row(name, planner, stock, planner, f"{planned_gb(data, plans[planner]):.3f} GB")
                  for name, planner in pairs]))

@@ -54,7 +54,12 @@ class Phantom:
                 fingerprint = planner.dataset_fingerprint
                 fingerprint["shapes_after_crop"] = [list(image_shape)] * len(fingerprint["shapes_after_crop"])
             planner.plan_experiment()
-        return json.loads((self.preprocessed / f"{planner.plans_identifier}.json").read_text())
+        file = self.preprocessed / f"{planner.plans_identifier}.json"
+        plans = json.loads(file.read_text())
+        # nnU-Net finds our preprocessor only where the plug-in is installed; labelled cases come out the same
+        plans["configurations"][CONFIGURATION]["preprocessor_name"] = "DefaultPreprocessor"
+        file.write_text(json.dumps(plans))
+        return plans
 
     def preprocess(self, plans: dict) -> None:
         """Preprocess the labelled cases for ``plans`` (those of the last ``plan``)."""

@@ -1,7 +1,7 @@
 """How long a training step takes, relative to that of nnU-Net's own trainer with the same plans, patch and batch.
 
-Beside it stand the passes through a network that a step consists of, counted while it runs: a batch forward is 1, backward
-is 2. Time beyond that ratio is overhead.
+Beside it stand the passes through a network that a step consists of, counted while it runs: a batch forward is 1,
+backward is 2. Time beyond that ratio is overhead.
 """
 
 from __future__ import annotations

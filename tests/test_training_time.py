@@ -42,4 +42,4 @@ def test_larger_patches_take_longer() -> None:
         configuration = {"batch_size": 1, "patch_size": [side] * 3, "architecture": architecture}
         return {"configurations": {"3d_fullres": configuration}}
 
-    assert seconds_per_pass(plans(48), "3d_fullres", "cpu") > 2 * seconds_per_pass(plans(8), "3d_fullres", "cpu")
+    assert seconds_per_pass(plans(32), "3d_fullres", "cpu") > 2 * seconds_per_pass(plans(8), "3d_fullres", "cpu")

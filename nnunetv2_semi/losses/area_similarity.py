@@ -25,12 +25,13 @@ def area_similarity(areas: torch.Tensor) -> torch.Tensor:
 
 
 def area_similarity_contrast(
-    areas_first: torch.Tensor, areas_second: torch.Tensor, temperature: float = 1.0
+    areas_first: torch.Tensor, areas_second: torch.Tensor, temperature: float = 1.0, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """L_ASC = -1/(2B) sum_i log( exp s(i, i+) / sum_{j != i} exp s(i, j) ), a scalar.
 
     areas_first, areas_second: (B, C, *spatial) foreground probabilities of the same B areas in two modalities, in the
     same order; i+ is the same area in the other modality. temperature: similarities are divided by it (paper: 1).
+    keep: (B,) bool, the areas that take part, as anchors and as negatives; None: all. The loss of none is 0.
     Half-precision input is computed in float32. Raises ValueError for differing shapes or a temperature <= 0.
     """
     if areas_first.shape != areas_second.shape:
@@ -43,9 +44,15 @@ def area_similarity_contrast(
         if areas.dtype in (torch.float16, torch.bfloat16):
             areas = areas.float()
         logits = area_similarity(areas) / temperature
-        logits = logits.masked_fill(torch.eye(len(areas), dtype=torch.bool, device=areas.device), -torch.inf)
+        itself = torch.eye(len(areas), dtype=torch.bool, device=areas.device)
         positives = torch.arange(len(areas), device=areas.device).roll(len(areas_first))
-        return F.cross_entropy(logits, positives)
+        if keep is None:
+            return F.cross_entropy(logits.masked_fill(itself, -torch.inf), positives)
+        kept = keep.repeat(2)
+        # An area's own positive stays in its sum, so that the rows that are left out are finite too.
+        left_out = itself | (~kept & ~itself[positives])
+        losses = F.cross_entropy(logits.masked_fill(left_out, -torch.inf), positives, reduction="none")
+        return (losses * kept).sum() / kept.sum().clamp_min(1)
 
 
 def slices_as_areas(

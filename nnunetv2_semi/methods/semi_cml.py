@@ -40,7 +40,8 @@ _DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 class SemiCMLSettings(BaseSettings):
     """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside
     a supervised loss of 10 BCE + 7 Dice: beside nnU-Net's CE + Dice the same share is 0.5), temperature, areas ("slice":
-    2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), consistency_weight (of the
+    2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas (areas in which
+    neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of the
     mean squared difference, sigmoid ramp-up over ramp_fraction of training).
     Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
     passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
@@ -54,6 +55,7 @@ class SemiCMLSettings(BaseSettings):
     temperature: float = 1.0
     areas: Literal["slice", "volume"] = "slice"
     max_slices: int = 16
+    empty_areas: bool = False
     consistency_weight: float = 1.0
     ramp_fraction: float = 1.0
     prel: bool = True
@@ -233,7 +235,15 @@ class SemiCML(Method):
         return areas
 
     def _contrast(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        return area_similarity_contrast(first, second, self.settings.temperature)
+        """L_ASC of the same areas in two predictions.
+
+        The overlap does not see how large probabilities are: between two areas that both predict no foreground it
+        compares traces of probability, and telling such areas apart means inventing foreground.
+        """
+        keep = None
+        if not self.settings.empty_areas:
+            keep = ((first.detach() > 0.5) | (second.detach() > 0.5)).flatten(1).any(1)
+        return area_similarity_contrast(first, second, self.settings.temperature, keep)
 
     # which modality is better
 

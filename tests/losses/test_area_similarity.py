@@ -98,3 +98,22 @@ def test_slices_are_cut_along_the_axis_and_the_same_for_every_modality(axis):
     assert torch.equal(slices[1], patches[0].select(1 + axis, int(chosen[1])))
     assert torch.equal(slices[4], patches[1].select(1 + axis, int(chosen[0])))
     assert len(slices_as_areas(patches, axis, 100)[1]) == patches.shape[2 + axis]
+
+
+def test_areas_left_out_are_neither_anchors_nor_negatives():
+    first, second = random_areas(5, 2, 6, 6, seed=1), random_areas(5, 2, 6, 6, seed=2)
+    keep = torch.tensor([True, False, True, True, False])
+    masked = area_similarity_contrast(first, second, keep=keep)
+    alone = area_similarity_contrast(first[keep], second[keep])
+    assert torch.allclose(masked, alone, rtol=0, atol=1e-12)
+    gradient, = torch.autograd.grad(masked, first)
+    assert gradient[~keep].abs().max() == 0 and gradient[keep].abs().min() > 0
+    everything = area_similarity_contrast(first, second, keep=torch.ones(5, dtype=torch.bool))
+    assert torch.allclose(everything, area_similarity_contrast(first, second), rtol=0, atol=1e-12)
+
+
+def test_no_area_left_gives_zero_that_can_be_differentiated():
+    first = random_areas(3, 1, 4, 4)
+    loss = area_similarity_contrast(first, first.detach(), keep=torch.zeros(3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and first.grad.abs().max() == 0

@@ -226,3 +226,11 @@ def test_at_most_one_branch_graph_exists_at_a_time_one_after_another(small):
             continue
         sum(t.weight * t.value for t in group).backward()
         assert [name for name, _ in calls] in (["m1", "m0"], ["m0", "m1"])
+
+
+@pytest.mark.parametrize("empty_areas, gradient_flows", [(False, False), (True, True)])
+def test_areas_without_foreground_take_no_part_in_the_contrast(small, empty_areas, gradient_flows):
+    method = make(small, empty_areas=empty_areas)
+    faint = (0.01 * torch.rand(6, 2, 8, 8)).requires_grad_()
+    method._contrast(faint, 0.01 * torch.rand(6, 2, 8, 8)).backward()
+    assert bool(faint.grad.abs().max() > 0) == gradient_flows
