@@ -132,7 +132,8 @@ class Method(nn.Module):
         The first is the one that nnU-Net logs and saves as its own.
         """
         trainable = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=self.settings.momentum, nesterov=self.settings.momentum > 0,
+        momentum = self.settings.momentum
+        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=momentum, nesterov=momentum > 0,
                                     weight_decay=weight_decay)
         return [(optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs))]
 

@@ -17,8 +17,8 @@ class Settings:
     """What every method has.
 
     num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch, save_every (epochs), initial_lr, momentum,
-    deep_supervision: as in nnU-Net, with its values. A momentum of 0.99 averages 100 steps: for trainings of some hundred
-    steps 0.9, with a larger initial_lr, suits better.
+    deep_supervision: as in nnU-Net, with its values. A momentum of 0.99 averages 100 steps: for trainings of some
+    hundred steps 0.9, with a larger initial_lr, suits better.
     seed: of network initialisation, sampling, augmentation and noise.
     unlabelled_batch_size: patches per step; None takes the plan's batch size.
     unlabelled_weight: multiplies every unlabelled term (0 leaves the supervised loss alone).

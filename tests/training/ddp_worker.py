@@ -37,7 +37,8 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
         if kind == "nan" and number == 1 and rank == world - 1:
             batch.unlabelled[-1].fill_(float("nan"))
         share = slice(rank * 2 // world, (rank + 1) * 2 // world)
-        _, values = step.run(Batch(batch.labelled[share], batch.target[share], batch.unlabelled[share]), number, progress)
+        own = Batch(batch.labelled[share], batch.target[share], batch.unlabelled[share])
+        _, values = step.run(own, number, progress)
         skipped.append(values["skipped_steps"])
     method.after_epoch()
     torch.save({"state": method.state_dict(), "skipped": skipped}, folder / f"{kind}_{world}_{rank}.pt")
