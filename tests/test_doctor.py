@@ -145,7 +145,7 @@ def test_fewer_than_five_labelled_cases_cannot_be_cross_validated(dataset: Path)
         path.unlink()
     edit_json(dataset, numTraining=4)
     found = only(findings(Level.WARNING))
-    assert "4 labelled cases" in found.finding and "`all`" in found.remedy
+    assert "4 labelled case(s)" in found.finding and "folds 0 to 3" in found.finding and "`all`" in found.remedy
 
 
 @pytest.mark.parametrize("change", ["crop", "change_spacing"])

@@ -141,9 +141,11 @@ def _check_labelled(
     if not with_label:
         yield problem(f"no labelled case in {images}", f"put images there and their labels into {labels}")
     elif len(with_label) < FOLDS:
+        count = len(with_label)
+        folds = f"our trainers make folds 0 to {count - 1}" if count > 1 else "one case makes no fold"
         yield warning(
-            f"{len(with_label)} labelled cases: too few for {FOLDS}-fold cross-validation, folds 0 to {FOLDS - 1} fail",
-            "train the fold `all`, or write a splits_final.json",
+            f"{count} labelled case(s): too few for nnU-Net's {FOLDS}-fold cross-validation ({folds})",
+            "train the fold `all`" + (", or one of these" if count > 1 else ""),
         )
     else:
         yield ok(f"{len(with_label)} labelled cases")

@@ -40,9 +40,9 @@ _DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 class SemiCMLSettings(BaseSettings):
     """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside
     a supervised loss of 10 BCE + 7 Dice: beside nnU-Net's CE + Dice the same share is 0.5), temperature, areas
-    ("slice": 2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas (areas
-    in which neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of the mean
-    squared difference, sigmoid ramp-up over ramp_fraction of training).
+    ("slice": 2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas
+    (those in which neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of
+    the mean squared difference, sigmoid ramp-up over ramp_fraction of training).
     Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
     passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
     better modality learns from itself too), better_modality (None: chosen by the Dice on labelled training patches),
