@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semi.data import loader as loader_module
 from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
 from nnunetv2_semi.data.preprocessing import prepare_unlabelled
 
@@ -265,6 +267,30 @@ def test_no_case_stays_open_and_none_is_read_at_the_start(tiny, cases):
     for index in range(10):
         batches[index]
         assert open_files() == 0
+
+
+class SlowFirstItem:
+    """Item 0 is finished only after item 5 was made."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.made.touch()
+        end = time.monotonic() + 60
+        while index == 0 and not self.made.exists():
+            assert time.monotonic() < end, "the other worker waits for this one"
+            time.sleep(0.01)
+        return {"labelled": {"index": index}}
+
+
+def test_a_slow_batch_keeps_no_other_worker_waiting_and_the_order_is_kept(tmp_path):
+    if not loader_module._AS_SOON_AS_READY:
+        pytest.skip("torch before 2.6 gives out batches in turn")
+    stream = BatchStream(SlowFirstItem(tmp_path / "made"), num_workers=2, length=8)
+    assert [batch["labelled"]["index"] for batch in stream] == list(range(8))
+    stream.close()
 
 
 def test_a_stream_of_given_length_ends(tiny, cases):
