@@ -15,6 +15,7 @@ os.environ["nnUNet_n_proc_DA"] = "0"
 os.environ["nnUNet_compile"] = "f"
 os.environ.setdefault("nnUNet_def_n_proc", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of keeping others from the cores
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["TQDM_DISABLE"] = "1"
 

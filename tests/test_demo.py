@@ -150,12 +150,15 @@ def test_stopping_ends_all_processes_and_cleans_up(
     monkeypatch.setenv("STAND_IN_PIDS", str(pids_file))
     monkeypatch.setenv("TMPDIR", str(environment))
     script = (
-        "import sys, argparse; from nnunetv2_semi import demo\n"
+        "import argparse, signal, sys; from nnunetv2_semi import demo\n"
+        # Programs started in the background, this test perhaps, have Ctrl-C ignored and hand that on.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"demo.command_path = lambda name: {str(tmp_path / 'commands')!r} + '/' + name\n"
         "demo.SHAPE = (12, 12, 12); demo.seconds_per_pass = lambda *_: 0.1\n"
         "parser = argparse.ArgumentParser(); demo.add_arguments(parser); sys.exit(demo.run(parser.parse_args()))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, "--folder", str(tmp_path / "out")])
+    pids: list[int] = []
     try:
         deadline = time.monotonic() + 120
         while not (pids_file.exists() and len(pids_file.read_text().split()) == 2):
@@ -165,10 +168,12 @@ def test_stopping_ends_all_processes_and_cleans_up(
         pids = [int(pid) for pid in pids_file.read_text().split()]
         process.send_signal(sent)
         assert process.wait(60) == exit_code
+        assert not any(is_running(pid) for pid in pids)
     finally:
         process.kill()
         process.wait()
-    assert not any(is_running(pid) for pid in pids)
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
     assert list(environment.iterdir()) == []
 
 
