@@ -32,6 +32,10 @@ class SemiLocalLogger(LocalLogger):
     def plot_progress_png(self, output_folder: str) -> None:
         """nnU-Net's progress.png with one more panel: everything logged under ``semi/``."""
         curves = {key: values for key, values in self.my_fantastic_logging.items() if key.startswith(PREFIX)}
+        # nnU-Net draws as many epochs as its shortest list has: a term that ended must not end the picture.
+        epochs = len(self.my_fantastic_logging["epoch_end_timestamps"])
+        for values in curves.values():
+            values.extend([nan] * (epochs - len(values)))
         super().plot_progress_png(output_folder)
         if not any(any(isfinite(value) for value in values) for values in curves.values()):
             return

@@ -10,8 +10,8 @@ import numpy as np
 
 from nnunetv2_semi.data.phantom_anatomy import LABELS
 
-# Estimated on two busy cores. Training, validation and prediction of both trainers take this many times as long as planning
-# and preprocessing, were there no iterations: on any machine most of either is starting Python processes.
+# Estimated on two busy cores. Training, validation and prediction of both trainers take this many times as long as
+# planning and preprocessing, were there no iterations: on any machine most of either is starting Python processes.
 OTHER_COMMANDS_PER_PLANNING = 5.0
 # Network passes in one iteration of each trainer, added up, and seconds for augmentation and optimiser beside them.
 PASSES_PER_ITERATION = 5.3

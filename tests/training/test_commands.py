@@ -117,7 +117,7 @@ def predict_without_this_package(workspace, tools, images, output, model):
         "import sys, importlib.abc\n"
         "class Refuse(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.startswith('nnunetv2_semi') or '.semi' in name: raise ImportError(name)\n"
+        "        if 'nnunetv2_semi' in name or name.endswith('.semi'): raise ImportError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
         "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
         "if __name__ == '__main__': predict_entry_point_modelfolder()\n")

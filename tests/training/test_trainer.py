@@ -155,6 +155,8 @@ def test_log_names_every_term_with_its_weight(tools, workspace):
                 *(f"training_dice_{n}" for n in names), *(f"validation_dice_{n}" for n in names)):
         assert np.isfinite(log[f"semi/{key}"][0]), key
     second_stage = [key for key in log if key.startswith("semi/loss_prel_")]
+    assert len({len(values) for values in log.values()}) == 1, "nnU-Net plots no further than the shortest list"
+    assert np.isnan(log["semi/loss_asc"][1])
     assert second_stage and np.isnan(log[second_stage[0]][0]) and np.isfinite(log[second_stage[0]][1])
     text = Path(trainer.log_file).read_text()
     assert "asc " in text and "(weight 0.5000)" in text
