@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
             stock = {"plans": _stock_plans(plans, channels), "dataset_json": _stock_dataset(dataset_json, channels)}
             if name not in written:
                 _make_folder(folder)
-                _write_json(stock["plans"], os.path.join(folder, "plans.json"))
-                _write_json(stock["dataset_json"], os.path.join(folder, "dataset.json"))
+                write_json_whole(os.path.join(folder, "plans.json"), stock["plans"])
+                write_json_whole(os.path.join(folder, "dataset.json"), stock["dataset_json"])
                 _copy_fingerprint(model_folder, folder, channels)
                 written[name] = folder
             _save_checkpoint(checkpoint, weights, stock, fold, os.path.join(folder, f"fold_{fold}", checkpoint_name))
@@ -125,9 +126,8 @@ def _chosen(models: Mapping[str, tuple], modality: str | None, method: str) -> d
 def _stock_plans(plans: dict, channels: Sequence[int]) -> dict:
     """The plans for ``channels`` alone, naming nothing that stock nnU-Net lacks."""
     stock = copy.deepcopy(plans)
-    intensities = stock["foreground_intensity_properties_per_channel"]
-    stock["foreground_intensity_properties_per_channel"] = {
-        str(new): intensities[str(old)] for new, old in enumerate(channels)}
+    stock["foreground_intensity_properties_per_channel"] = _renumbered(
+        stock["foreground_intensity_properties_per_channel"], channels)
     if stock.get("experiment_planner_used", "").startswith("nnUNetPlannerSemi"):
         stock["experiment_planner_used"] = "ExperimentPlanner"
     for configuration in stock["configurations"].values():
@@ -142,8 +142,7 @@ def _stock_plans(plans: dict, channels: Sequence[int]) -> dict:
 
 def _stock_dataset(dataset_json: dict, channels: Sequence[int]) -> dict:
     stock = {key: value for key, value in dataset_json.items() if key != "semi"}
-    names = dataset_json["channel_names"]
-    stock["channel_names"] = {str(new): names[str(old)] for new, old in enumerate(channels)}
+    stock["channel_names"] = _renumbered(dataset_json["channel_names"], channels)
     return stock
 
 
@@ -178,9 +177,8 @@ def _copy_fingerprint(model_folder: str, folder: str, channels: Sequence[int]) -
     fingerprint = _read_json(source)
     per_channel = fingerprint.get("foreground_intensity_properties_per_channel", {})
     if per_channel and len(channels) < len(per_channel):
-        fingerprint["foreground_intensity_properties_per_channel"] = {
-            str(new): per_channel[str(old)] for new, old in enumerate(channels)}
-        _write_json(fingerprint, os.path.join(folder, "dataset_fingerprint.json"))
+        fingerprint["foreground_intensity_properties_per_channel"] = _renumbered(per_channel, channels)
+        write_json_whole(os.path.join(folder, "dataset_fingerprint.json"), fingerprint)
     else:
         shutil.copyfile(source, os.path.join(folder, "dataset_fingerprint.json"))
 
@@ -190,7 +188,6 @@ def _read_json(path: str) -> dict:
         return json.load(file)
 
 
-def _write_json(content: dict, path: str) -> None:
-    from nnunetv2_semi.data.whole_files import write_json_whole
-
-    write_json_whole(path, content)
+def _renumbered(by_channel: Mapping[str, object], channels: Sequence[int]) -> dict[str, object]:
+    """The entries of ``channels`` in a JSON object keyed by channel number, numbered from 0."""
+    return {str(new): by_channel[str(old)] for new, old in enumerate(channels)}
