@@ -24,10 +24,10 @@ class Timing:
     cpu: float
 
 
-def alternately(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def alternately(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True) -> dict[str, Timing]:
     """Call all ``functions`` in turn, ``rounds`` times after one round of warm-up; their median times."""
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    for measured_round in range(-1, rounds):
+    for measured_round in range(-1 if warm_up else 0, rounds):
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             function()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import torch
 
 from nnunetv2_semi import __version__
+from nnunetv2_semi.data.whole_files import whole_file
 from nnunetv2_semi.errors import UserError
 
 KEY = "nnunetv2_semi"
@@ -15,9 +15,8 @@ KEY = "nnunetv2_semi"
 
 def save_whole(checkpoint: Mapping[str, object], path: str) -> None:
     """``torch.save`` under a temporary name in the same folder, then rename: a kill leaves the older file intact."""
-    unfinished = f"{path}.unfinished"
-    torch.save(checkpoint, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        torch.save(checkpoint, unfinished)
 
 
 def our_part(method_state: Mapping[str, object], method_name: str, semi: Mapping[str, object],

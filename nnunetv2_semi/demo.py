@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from nnunetv2_semi.commands import CommandFailed, Progress, command_path, ended_by_sigterm, finished_epochs, run_logged
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.data.phantom_anatomy import LABELS, MODALITIES
+from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training_time import iterations_for, seconds_per_pass
 
@@ -172,9 +173,7 @@ class Demo:
         }
         configuration = plans["configurations"][CONFIGURATION]
         configuration["semi"] = {**configuration.get("semi", {}), **settings}
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(plans, indent=4), encoding="utf-8")
-        os.replace(partial, file)
+        write_json_whole(str(file), plans)
         print(
             f'Training length, as "semi" in the plans file: {settings["num_epochs"]} epochs of '
             f"{settings['num_iterations_per_epoch']} iterations for each trainer."

@@ -7,7 +7,7 @@ passes, several networks and skipped terms, and this way every process makes the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,36 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         joined /= dist.get_world_size()
         parts = joined.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def rows_of_all_processes(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` (N, ...) of every process, in the order of the processes; N may differ.
+
+    Gradients go back to the process that a row is from. Every process must call it, and, where gradients are asked for,
+    differentiate what comes of it.
+    """
+    return _Gathered.apply(rows) if is_distributed() else rows
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+        counts = [int(size) for size in sizes]
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[:len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        first = sum(counts[:dist.get_rank()])
+        ctx.own = slice(first, first + len(rows))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.own]
 
 
 def broadcast_from_first(module: nn.Module) -> None:

@@ -17,6 +17,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 from nnunetv2.training.logging.nnunet_logger import LocalLogger  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from nnunetv2_semi.data.whole_files import whole_file  # noqa: E402
+
 PREFIX = "semi/"
 
 
@@ -45,9 +47,8 @@ class SemiLocalLogger(LocalLogger):
             both = Image.new("RGB", (stock.width, stock.height + ours.height))
             both.paste(stock, (0, 0))
             both.paste(ours, (0, stock.height))
-        unfinished = os.path.join(output_folder, ".progress.png")
-        both.save(unfinished, format="png", compress_level=1)
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            both.save(unfinished, format="png", compress_level=1)
 
 
 class EpochValues:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from nnunetv2_semi.data.whole_files import whole_file
 
 # Okabe and Ito's colours, told apart with any colour vision and against grey.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC3377", "#F0E442", "#0072B2", "#D55E00")
@@ -29,6 +30,7 @@ class PictureRow:
         segmentations: Label map of that size per column title; the first is the truth and has no Dice.
         dice: Mean Dice per column title of ``segmentations``, shown above the panel where present.
         aspect: Height of a pixel over its width.
+        ranges: Black and white value per title of ``images``; of others a percentile of the panel.
     """
 
     case: str
@@ -36,6 +38,7 @@ class PictureRow:
     segmentations: Mapping[str, np.ndarray]
     dice: Mapping[str, float]
     aspect: float = 1.0
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def slice_through_structures(truth: np.ndarray, labels: Sequence[int]) -> int:
@@ -84,12 +87,8 @@ def save_overview(rows: Sequence[PictureRow], labels: Mapping[str, int], title: 
         labelcolor=FOREGROUND,
         fontsize=11,
     )
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, dpi=110, facecolor=BACKGROUND, format="png")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(file) as unfinished:
+        figure.savefig(unfinished, dpi=110, facecolor=BACKGROUND, format="png")
 
 
 def _draw_row(axes_row: Sequence[Axes], row: PictureRow, labels: Mapping[str, int]) -> None:
@@ -103,7 +102,7 @@ def _draw_row(axes_row: Sequence[Axes], row: PictureRow, labels: Mapping[str, in
         heading = f"{title}   Dice {row.dice[title]:.2f}" if title in row.dice else title
         panels.append((heading, underlay, segmentation[index]))
     for axes, (heading, image, outlines) in zip(axes_row, panels, strict=True):
-        low, high = np.percentile(image, [1, 99.5])
+        low, high = row.ranges.get(heading) or np.percentile(image, [1, 99.5])
         axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=row.aspect, interpolation="nearest")
         if outlines is not None:
             _draw_labels(axes, outlines, labels)

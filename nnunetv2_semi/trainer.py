@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from tqdm import tqdm
 
-from nnunetv2_semi import checkpoints, compat, training_data
+from nnunetv2_semi import checkpoints, compat, training_data, training_pictures
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
 from nnunetv2_semi.data.loader import BatchStream
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process, sum_over_processes
@@ -102,7 +102,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             supervised_loss=lambda output, target: self.loss(output, target),
             regions=self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
             spacing=tuple(self.configuration_manager.spacing), modalities=self.settings.modalities or {},
-            one_pass=one_pass, sum_over_processes=sum_over_processes,
+            one_pass=one_pass, images_per_pass=self._images_per_pass(), sum_over_processes=sum_over_processes,
+            scale_weights=tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,))),
             patch_size=tuple(self.configuration_manager.patch_size), num_heads=num_heads,
             build_network=lambda channels: nnUNetTrainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision))
@@ -148,6 +149,9 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self.settings.arrangement == "auto":
             return self.method_class.graphs(self.settings) <= self.settings.planned_graphs
         return self.settings.arrangement == "one_pass"
+
+    def _images_per_pass(self) -> int:
+        return self.settings.planned_graphs if self.settings.arrangement == "auto" else 1
 
     def _refuse_cascade(self) -> None:
         if self.is_cascaded and self.method_class.uses_unlabelled:
@@ -278,6 +282,15 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             summed = sum_over_processes(torch.from_numpy(counts.astype(np.float32)).to(self.device))
             dice[f"validation_dice_{name}"] = float(dice_from_counts(summed))
         self._log(dice)
+        self._draw_picture()
+
+    def _draw_picture(self) -> None:
+        count = self.settings.pictures
+        if self.local_rank == 0 and training_pictures.is_shown(self.current_epoch, self.num_epochs, count):
+            torch.manual_seed(self.settings.seed)  # every step seeds anew
+            batch = self.dataloader_val.batches[0]["labelled"]  # the same one each time
+            training_pictures.draw(self.method, batch, self.label_manager, self.device,
+                                   self.configuration_manager.spacing, self.current_epoch, self.output_folder)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, of each part by itself into ``<fold>/<part>/validation``, then of the deployed one."""

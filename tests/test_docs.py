@@ -22,6 +22,7 @@ import nnunetv2_semi
 from nnunetv2_semi.distributed import sum_over_processes
 from nnunetv2_semi.methods.base import Batch, Context
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
+from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
@@ -72,8 +73,8 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
                             nonlin=nn.LeakyReLU, deep_supervision=False)
     dice = {"batch_dice": False, "do_bg": regions, "smooth": 1e-5}
     loss: nn.Module = DC_and_BCE_loss({}, dice) if regions else DC_and_CE_loss(dice, {})
-    context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, sum_over_processes, (8, 8), HEADS,
-                      lambda channels: nn.Conv2d(channels, HEADS, 1))
+    context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, 1, sum_over_processes, (1.0,), (8, 8),
+                      HEADS, lambda channels: nn.Conv2d(channels, HEADS, 1))
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)
@@ -122,7 +123,7 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("heading, method", [("All trainers", Supervised), ("`SemiCML`", SemiCML),
-                                             ("`MeanTeacher`", MeanTeacher)])
+                                             ("`MeanTeacher`", MeanTeacher), ("`RCPS`", RCPS)])
 def test_settings_tables_list_every_setting_with_its_default(heading, method):
     common = {f.name for f in dataclasses.fields(Settings)}
     fields = {f.name: f.default for f in dataclasses.fields(method.Settings)
@@ -136,7 +137,7 @@ def test_settings_shown_are_accepted(page):
     block = next(block for block in code_blocks(page, "json") if '"3d_fullres"' in block)
     shown = json.loads("{" + block + "}")
     semi = shown.get("configurations", shown)["3d_fullres"]["semi"]
-    for method in (Supervised, SemiCML, MeanTeacher):
+    for method in (Supervised, SemiCML, MeanTeacher, RCPS):
         settings = settings_from_plan(method.Settings, semi, method.name)
         assert settings.num_epochs == semi["num_epochs"] != Settings.num_epochs
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 
@@ -15,3 +18,49 @@ def with_noise(
     lowest = -2 * standard_deviation if lowest is None else lowest
     highest = 2 * standard_deviation if highest is None else highest
     return torch.randn_like(image).mul_(standard_deviation).clamp_(lowest, highest).add_(image)
+
+
+@dataclass(frozen=True)
+class IntensityViews:
+    """Drawn parameters of several intensity views of a batch; applied twice they give the same views.
+
+    Source: Zhao et al., RCPS, IEEE JBHI 2023: a x + b s, then Gaussian noise with probability 1/2.
+
+    scale a, shift b: (views, B, C). sigma: (views, B), 0 where no noise was drawn. noise_seed: of the noise.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    sigma: torch.Tensor
+    noise_seed: int
+
+    @classmethod
+    def draw(cls, number: int, image: torch.Tensor, scale: float = 0.5, shift: float = 0.5, noise: float = 0.1,
+             noise_probability: float = 0.5) -> IntensityViews:
+        """Parameters of ``number`` views of ``image`` (B, C, *spatial), from torch's global random state of the CPU.
+
+        a ~ U(1 - scale, 1 + scale), b ~ U(-shift, shift), sigma ~ U(0, noise) with ``noise_probability``.
+        """
+        batch, channels = image.shape[:2]
+        symmetric = 2 * torch.rand(2, number, batch, channels) - 1
+        noisy = torch.rand(number, batch) < noise_probability
+        return cls(1 + scale * symmetric[0], shift * symmetric[1], noise * torch.rand(number, batch) * noisy,
+                   int(torch.randint(2**62, ())))
+
+    def apply(self, image: torch.Tensor, shift_by: Literal["std", "mean"] = "std") -> torch.Tensor:
+        """The views (views, B, C, *spatial) of ``image`` (B, C, *spatial), on its device, in its data type.
+
+        shift_by: b is in units of each channel's standard deviation, or of its mean, which is about 0 where intensities
+        are z-scored.
+        """
+        rows = image.flatten(2)
+        unit = rows.std(2) if shift_by == "std" else rows.mean(2)
+        after = [1] * (image.ndim - 2)
+        scale = self.scale.to(image).view(*self.scale.shape, *after)
+        shift = (self.shift.to(image) * unit).view(*self.shift.shape, *after)
+        views = torch.addcmul(shift, scale, image)
+        generator = torch.Generator(image.device).manual_seed(self.noise_seed)
+        for view, patch in self.sigma.nonzero().tolist():
+            noise = torch.randn(image.shape[1:], generator=generator, dtype=image.dtype, device=image.device)
+            views[view, patch].add_(noise, alpha=float(self.sigma[view, patch]))
+        return views

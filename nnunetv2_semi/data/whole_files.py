@@ -1,27 +1,34 @@
-"""JSON files that are either absent or complete, whatever moment the process is killed at."""
+"""Files that are either absent or complete, whatever moment the process is killed at."""
 
 from __future__ import annotations
 
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
-def write_json_whole(path: str, content: Mapping[str, object] | Sequence[object]) -> None:
-    """Write `content` to `path`: under a temporary name in the same folder first, then renamed over `path`."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    unfinished = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex}")
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[str]:
+    """A temporary name in the folder of ``path``, made if need be; renamed to ``path`` when the block ends well."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    unfinished = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def write_json_whole(path: str, content: Mapping[str, object] | Sequence[object]) -> None:
+    """Write ``content`` to ``path`` as JSON."""
+    with whole_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json_object(path: str) -> dict | None:

@@ -15,7 +15,8 @@ from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
 
-TRAINERS = ("nnUNetTrainerSemiCML", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiSupervised")
+TRAINERS = ("nnUNetTrainerSemiCML", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
+            "nnUNetTrainerSemiSupervised")
 PLANNING = ("nnUNetPlannerSemi", "nnUNetPlannerSemiCPU", "nnUNetFingerprintExtractorSemi")
 PREPROCESSING = ("nnUNetPreprocessorSemi",)
 FOLDER_VARIABLES = {

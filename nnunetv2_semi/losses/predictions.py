@@ -42,6 +42,21 @@ def agreement(first: torch.Tensor, second: torch.Tensor, regions: bool) -> torch
     return (first.argmax(1) == second.argmax(1)).float().mean()
 
 
+def class_codes(probability: torch.Tensor, regions: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decided class (B, *spatial) integer of each voxel of (B, K, *spatial), and its probability (B, *spatial).
+
+    For regions every combination of regions is a class; its number has bit k set where region k is predicted (K <= 62),
+    and its probability is the product over regions.
+    """
+    if not regions:
+        confidence, classes = probability.max(1)
+        return classes, confidence
+    bits = 1 << torch.arange(probability.shape[1], device=probability.device)
+    predicted = probability > 0.5
+    codes = (predicted * bits.view(1, -1, *[1] * (probability.ndim - 2))).sum(1)
+    return codes, torch.maximum(probability, 1 - probability).prod(1)
+
+
 def confusion_counts(
     probability: torch.Tensor, target: torch.Tensor, regions: bool, ignore_label: int | None
 ) -> torch.Tensor:

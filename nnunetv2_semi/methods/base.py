@@ -11,9 +11,10 @@ besides; what it holds goes to the training device and into the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -21,6 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_semi.losses.predictions import Logits, agreement
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
@@ -63,7 +65,9 @@ class Context:
 
     supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. regions: region-based labels.
     spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. one_pass: join a step's passes.
+    images_per_pass: where they are not joined and their graphs are needed at once, so many go through together.
     sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
+    scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
     patch_size: voxels per axis. num_heads: channels of the logits. build_network: another network of the plan's
     architecture, freshly initialised, for so many input channels.
     """
@@ -74,7 +78,9 @@ class Context:
     spacing: tuple[float, ...]
     modalities: dict[str, list[int]]
     one_pass: bool
+    images_per_pass: int
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor]
+    scale_weights: tuple[float, ...]
     patch_size: tuple[int, ...]
     num_heads: int
     build_network: Callable[[int], nn.Module]
@@ -167,18 +173,21 @@ class Method(nn.Module):
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""
         return weight * self.settings.unlabelled_weight * sigmoid_ramp_up(self.progress, ramp_fraction)
 
-    def passes(self, network: nn.Module, *images: torch.Tensor) -> Iterator[Logits]:
-        """The network's outputs for each of ``images``: one joint pass, or each pass when it is asked for."""
-        if not self.context.one_pass or len(images) == 1:
+    def passes(self, network: nn.Module, *images: torch.Tensor, together: bool = False) -> Iterator[Any]:
+        """What the network gives for each of ``images``: one joint pass, or each pass when it is asked for.
+
+        together: a term needs the graphs of all of them at once. Where they are not joined, as many images go through
+        in a pass as the plan has room for, and each pass is checkpointed: no more than one graph exists at any time.
+        """
+        if self.context.one_pass:
+            yield from _joined(network, images)
+        elif together:
+            run = partial(checkpoint, network, use_reentrant=False)
+            for first in range(0, len(images), self.context.images_per_pass):
+                yield from _joined(run, images[first:first + self.context.images_per_pass])
+        else:
             for image in images:
                 yield network(image)
-            return
-        output = network(torch.cat(images))
-        sizes = [len(image) for image in images]
-        if isinstance(output, torch.Tensor):
-            yield from output.split(sizes)
-        else:
-            yield from (list(scales) for scales in zip(*(scale.split(sizes) for scale in output), strict=True))
 
     def note_agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Log the share of unlabelled voxels at which teacher and student probabilities decide the same."""
@@ -202,6 +211,14 @@ class Method(nn.Module):
         """Networks validated by themselves besides ``deployable``, by name; each takes the whole image."""
         return {}
 
+    def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
+        """What to show of a patch (1, C, *spatial) in pictures.png: name -> logits, and name -> map (1, *spatial).
+
+        Called without gradients, in evaluation mode.
+        """
+        parts = {name: part(image) for name, part in self.parts().items()}
+        return {"prediction": self.deployable()(image), **parts}, {}
+
     @classmethod
     def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
                      num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
@@ -212,3 +229,17 @@ class Method(nn.Module):
         if cls.build_student.__func__ is not Method.build_student.__func__:  # type: ignore[attr-defined]
             return {}
         return {"": (list(range(num_channels)), weights)}
+
+
+def _joined(network: Callable[[torch.Tensor], Any], images: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """One pass for all ``images``; what it gives (a tensor, or tensors nested in lists and tuples) in parts."""
+    if len(images) == 1:
+        yield network(images[0])
+    else:
+        yield from _split(network(torch.cat(list(images))), [len(image) for image in images])
+
+
+def _split(output: Any, sizes: list[int]) -> list[Any]:
+    if isinstance(output, torch.Tensor):
+        return list(output.split(sizes))
+    return [type(output)(part) for part in zip(*(_split(single, sizes) for single in output), strict=True)]

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.errors import UserError
@@ -39,19 +38,23 @@ _DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 @dataclass(frozen=True)
 class SemiCMLSettings(BaseSettings):
     """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside
-    a supervised loss of 10 BCE + 7 Dice: beside nnU-Net's CE + Dice the same share is 0.5), temperature, areas
+    a supervised loss of 10 BCE + 7 Dice: beside nnU-Net's CE + Dice the same share is 0.5), asc_ramp_fraction (share of
+    training over which that weight ramps up; the paper's is constant), temperature, areas
     ("slice": 2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas
     (those in which neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of
     the mean squared difference, sigmoid ramp-up over ramp_fraction of training).
     Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
     passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
     better modality learns from itself too), better_modality (None: chosen by the Dice on labelled training patches),
+    soft_label (the paper's "better": of the better modality's teacher; "mean": of all teachers, and all modalities
+    learn from it throughout stage 2),
     teacher ("ema" with ema_decay, or the paper's "best_model_average"), drop_supervised_in_prel (the paper's code).
     deploy: the students or the averaged teachers.
     """
 
     asc: bool = True
     asc_weight: float = 0.5
+    asc_ramp_fraction: float = 0.0
     temperature: float = 1.0
     areas: Literal["slice", "volume"] = "slice"
     max_slices: int = 16
@@ -66,6 +69,7 @@ class SemiCMLSettings(BaseSettings):
     alpha_better: float = 0.2
     self_relearning: float = 0.2
     better_modality: str | None = None
+    soft_label: Literal["better", "mean"] = "better"
     teacher: Literal["ema", "best_model_average"] = "ema"
     ema_decay: float = 0.99
     drop_supervised_in_prel: bool = False
@@ -159,20 +163,16 @@ class SemiCML(Method):
             return []
         return [self.student.select(batch.unlabelled, name)]
 
-    def _unlabelled_output(self, batch: Batch, name: str, outputs: dict[str, Iterator], alone: bool) -> torch.Tensor:
-        """Full-resolution logits of a branch on the unlabelled patches.
-
-        Unless ``alone``, the graphs of all branches are needed at once: each is checkpointed as a whole, so that no
-        more than one exists at any time.
-        """
+    def _unlabelled_output(self, batch: Batch, name: str, outputs: dict[str, Iterator], together: bool) -> torch.Tensor:
+        """Full-resolution logits of a branch on the unlabelled patches; together with those of the other branches?"""
         if self.context.one_pass:
             return full_resolution(next(outputs[name]))
-        branch, image = self.student.branch(name), self.student.select(batch.unlabelled, name)
-        return full_resolution(branch(image) if alone else checkpoint(branch, image, use_reentrant=False))
+        image = self.student.select(batch.unlabelled, name)
+        return full_resolution(next(self.passes(self.student.branch(name), image, together=together)))
 
     def _mutual_learning(self, batch: Batch, outputs: dict[str, Iterator]) -> list[Term]:
         """Stage 1: asc_weight L_ASC(p_1, p_2) + w(t) mean (p_1 - p_2)^2, the mean over pairs of modalities."""
-        predicted = [probabilities(self._unlabelled_output(batch, name, outputs, alone=False), self.context.regions)
+        predicted = [probabilities(self._unlabelled_output(batch, name, outputs, together=True), self.context.regions)
                      for name in self.names]
         self.note_agreement(predicted[0].detach(), predicted[1])
         pairs = list(combinations(predicted, 2))
@@ -182,15 +182,17 @@ class SemiCML(Method):
         if self.settings.asc:
             areas = self._areas(*predicted)
             contrasts = [self._contrast(first, second) for first, second in combinations(areas, 2)]
-            terms.append(Term("asc", torch.stack(contrasts).mean(), self.unlabelled_weight(self.settings.asc_weight)))
+            terms.append(Term("asc", torch.stack(contrasts).mean(), self.unlabelled_weight(
+                self.settings.asc_weight, self.settings.asc_ramp_fraction)))
         return terms
 
     def _relearning(self, batch: Batch, outputs: dict[str, Iterator]) -> Iterator[list[Term]]:
         """Stage 2: alpha L_ASC(p_t, p_m) + (1 - alpha)(L_CE + L_Dice), p_t the better modality's soft label."""
         better = self.better_modality()
-        soft_label = self._soft_label(batch, better)
+        teaching = [better] if self.settings.soft_label == "better" else self.names
+        soft_label = torch.stack([self._soft_label(batch, name) for name in teaching]).mean(0)
         for name in self._learners():
-            logits = self._unlabelled_output(batch, name, outputs, alone=True)
+            logits = self._unlabelled_output(batch, name, outputs, together=False)
             predicted = probabilities(logits, self.context.regions)
             self.note_agreement(soft_label, predicted)
             alpha = self.settings.alpha_better if name == better else self.settings.alpha_weaker
@@ -204,15 +206,17 @@ class SemiCML(Method):
                    Term(f"prel_asc_{name}", contrast, self.unlabelled_weight(alpha))]
 
     def _learners(self) -> list[str]:
-        """The modalities that re-learn now: all but the better one, which joins at the end of stage 2."""
+        """The modalities that re-learn now: the better one learns from itself at the end of stage 2 alone."""
+        if self.settings.soft_label == "mean":
+            return list(self.names)
         joins_at = 1.0 - self.settings.self_relearning * (1.0 - self.settings.prel_start)
         return [name for name in self.names if name != self.better_modality() or self.progress >= joins_at]
 
-    def _soft_label(self, batch: Batch, better: str) -> torch.Tensor:
-        """Mean probability of the better modality's teacher over noisy passes, dropout active."""
-        image = self.student.select(batch.unlabelled, better)
+    def _soft_label(self, batch: Batch, name: str) -> torch.Tensor:
+        """Mean probability of a modality's teacher over noisy passes, dropout active."""
+        image = self.student.select(batch.unlabelled, name)
         noise, passes = self.settings.prel_noise, self.settings.prel_passes
-        teacher = self.teachers[self.names.index(better)]
+        teacher = self.teachers[self.names.index(name)]
         mean = None
         with torch.no_grad(), teacher.dropout_active():
             for _ in range(passes):

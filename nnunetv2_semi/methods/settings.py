@@ -23,8 +23,9 @@ class Settings:
     unlabelled_batch_size: patches per step; None takes the plan's batch size.
     unlabelled_weight: multiplies every unlabelled term (0 leaves the supervised loss alone).
     arrangement: "sequential" runs a step's passes one after another and accumulates gradients, "one_pass" joins them
-        (faster, more memory), "auto" joins them where the plan has room for it (planned_graphs).
+        (faster, more memory), "auto" joins as many as the plan has room for (planned_graphs).
     planned_graphs: network graphs that fit in memory at once; written by nnUNetPlannerSemi, 1 for stock plans.
+    pictures: epochs of which pictures.png shows a validation patch, spread evenly over training; 0: no picture.
     skip_unreadable: leave unreadable unlabelled cases out with a warning instead of stopping.
     max_skipped_steps: so many steps in a row with a non-finite loss stop training.
     modalities: modality name -> channels; None takes dataset.json's. regions: filled in by the trainer.
@@ -42,6 +43,7 @@ class Settings:
     unlabelled_weight: float = 1.0
     arrangement: Literal["auto", "sequential", "one_pass"] = "auto"
     planned_graphs: int = 1
+    pictures: int = 3
     skip_unreadable: bool = False
     max_skipped_steps: int = 50
     modalities: dict[str, list[int]] | None = field(default=None)
@@ -49,7 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         at_least = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "save_every": 1,
-                    "planned_graphs": 1, "max_skipped_steps": 1, "unlabelled_weight": 0, "seed": 0,
+                    "planned_graphs": 1, "max_skipped_steps": 1, "unlabelled_weight": 0, "seed": 0, "pictures": 0,
                     "unlabelled_batch_size": 1}
         for name, lowest in at_least.items():
             self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")

@@ -25,7 +25,7 @@ def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bo
 
 
 def context(channels: int = 2, regions: bool = False, ignore_label: int | None = None, one_pass: bool = False,
-            deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0)) -> Context:
+            deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0), images_per_pass: int = 1) -> Context:
     if regions:
         loss: nn.Module = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5},
                                           use_ignore_label=ignore_label is not None,
@@ -35,8 +35,10 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
                               dice_class=MemoryEfficientSoftDiceLoss)
     if deep_supervision:
         loss = DeepSupervisionWrapper(loss, [0.7, 0.3])
-    return Context(loss, regions, ignore_label, spacing, {f"m{i}": [i] for i in range(channels)}, one_pass,
-                   sum_over_processes, (8, 8, 8), 3, lambda count: small_network(count, 3))
+    modalities = {f"m{i}": [i] for i in range(channels)}
+    weights = (0.7, 0.3) if deep_supervision else (1.0,)
+    return Context(loss, regions, ignore_label, spacing, modalities, one_pass, images_per_pass, sum_over_processes,
+                   weights, (8, 8, 8), 3, lambda count: small_network(count, 3))
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

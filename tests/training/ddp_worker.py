@@ -18,6 +18,7 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
 
     from nnunetv2_semi.methods.base import Batch
     from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+    from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
     from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
     from nnunetv2_semi.networks.modality_branches import ModalityBranches
     from nnunetv2_semi.step import TrainingStep
@@ -27,6 +28,9 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
         names = {"m0": [0], "m1": [1]}
         student = ModalityBranches({n: small_network(1, 3) for n in names}, names, False)
         method = SemiCML(student, SemiCMLSettings(modalities=names, asc=False, prel_noise=0.0), context())
+    elif kind == "RCPS":
+        method = RCPS(small_network(2, 3), RCPSSettings(num_negatives=9, negatives_from_all_processes=True,
+                                                        view_noise=0.0, view_scale=0.0, view_shift=0.0), context())
     else:
         method = MeanTeacher(small_network(2, 3), MeanTeacherSettings(noise=0.0), context())
     step = TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=rank,

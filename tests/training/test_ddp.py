@@ -33,7 +33,7 @@ def states_equal(first, second, tolerance):
             assert value == second[key], key
 
 
-@pytest.mark.parametrize("kind", ["MeanTeacher", "SemiCML"])
+@pytest.mark.parametrize("kind", ["MeanTeacher", "SemiCML", "RCPS"])
 def test_two_processes_reach_the_weights_of_one(tools, tmp_path, kind):
     run_workers(tools, "steps", kind, 2, tmp_path, tmp_path)
     run_workers(tools, "steps", kind, 1, tmp_path, tmp_path)

@@ -15,13 +15,14 @@ KINDS = {
     "four channels": {"channels": 4},
     "anisotropic": {"shape": (12, 24, 20), "spacing": (4.0, 1.0, 1.0)},
 }
-TRAINERS = ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML"]
+TRAINERS = ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
+            "nnUNetTrainerSemiCML"]
 
 
 def train_all(tools, workspace, configuration, **semi):
     tools.set_semi(workspace, **semi)
     dataset_json = json.loads((tools.plans_path(workspace).parent / "dataset.json").read_text())
-    for name in TRAINERS[: 2 if len(dataset_json["channel_names"]) == 1 else 3]:
+    for name in TRAINERS[: 3 if len(dataset_json["channel_names"]) == 1 else 4]:
         trainer = tools.trainer(workspace, name, configuration)
         trainer.run_training()
         log = trainer.logger.local_logger.my_fantastic_logging

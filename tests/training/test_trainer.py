@@ -32,9 +32,10 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML"])
+@pytest.mark.parametrize("name", ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML",
+                                  "nnUNetTrainerSemiRCPS"])
 def test_continued_training_ends_with_the_same_weights(tools, workspace, name):
-    tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5})
+    tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5}, RCPS={"buffer_steps": 2})
     whole = tools.trainer(workspace, name)
     whole.run_training()
 

@@ -1,0 +1,154 @@
+"""Bidirectional voxel contrast with confident negatives of other classes.
+
+Source: Zhao et al., "RCPS: rectified contrastive pseudo supervision for semi-supervised medical image segmentation",
+IEEE JBHI 2023, arXiv 2301.05500.
+
+    L_c(u, v) = -log( exp(u.v / tau) / ( exp(u.v / tau) + sum_n exp(u.u-_n / tau) ) )
+
+The negatives u-_n of an anchor u are the N most confident voxels of another class. They depend on the class of the
+anchor alone, so there is one set of N per class, and the similarities are one matrix product per class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+_ANCHORS_AT_ONCE = 4096  # rows of similarities in memory at any time
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """Projected features of voxels, unit vectors (V, C); their classes (V,); how sure the network is of these (V,)."""
+
+    features: torch.Tensor
+    classes: torch.Tensor
+    confidence: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor, classes: torch.Tensor, confidence: torch.Tensor) -> Voxels:
+        """From a feature map (B, C, *spatial), classes (B, *spatial) integer, confidence (B, *spatial)."""
+        return cls(unit_rows(features), classes.flatten(), confidence.flatten())
+
+    @classmethod
+    def joined(cls, parts: list[Voxels]) -> Voxels:
+        """All voxels of ``parts``."""
+        return cls(torch.cat([p.features for p in parts]), torch.cat([p.classes for p in parts]),
+                   torch.cat([p.confidence for p in parts]))
+
+    def chosen(self, index: torch.Tensor) -> Voxels:
+        """The voxels with these numbers."""
+        return Voxels(self.features[index], self.classes[index], self.confidence[index])
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+def unit_rows(features: torch.Tensor) -> torch.Tensor:
+    """Feature map (B, C, *spatial) -> float32 (or float64) unit vectors (B * voxels, C)."""
+    rows = features.movedim(1, -1).flatten(0, -2)
+    return F.normalize(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, dim=1)
+
+
+def voxel_contrast(view_1: torch.Tensor, view_2: torch.Tensor, classes: torch.Tensor, negatives: Voxels,
+                   num_negatives: int = 400, temperature: float = 0.1, bidirectional: bool = True) -> torch.Tensor:
+    """L_bc = L_c(view_1, view_2) + L_c(view_2, view_1), each the mean over anchors; a scalar.
+
+    view_1, view_2: unit vectors (V, C) of the same voxels in two views. classes: (V,) integer, of these voxels.
+    negatives: where negatives come from; gradients reach them too. bidirectional: False leaves L_c(view_1, view_2).
+    Where fewer than ``num_negatives`` voxels of other classes exist, those there are are taken; an anchor without any
+    has loss 0. Raises ValueError for differing shapes, a temperature <= 0 or num_negatives < 1.
+    """
+    if view_1.shape != view_2.shape or len(classes) != len(view_1):
+        raise ValueError(f"views and classes must be of the same voxels, got {tuple(view_1.shape)}, "
+                         f"{tuple(view_2.shape)} and {tuple(classes.shape)}")
+    if temperature <= 0 or num_negatives < 1:
+        raise ValueError(f"temperature must be positive and num_negatives at least 1, got {temperature} "
+                         f"and {num_negatives}")
+    order, present, counts = _grouped(classes)
+    anchors, positives = view_1[order], view_2[order]
+    chosen = [confident_of_other_classes(negatives, label, num_negatives) for label in present]
+    sizes = [len(index) for index in chosen]
+    every = negatives.features[torch.cat(chosen)] if chosen else negatives.features[:0]
+    with torch.autocast(view_1.device.type, enabled=False):
+        total = _Contrast.apply(anchors, positives, every, counts, sizes, temperature)
+        if bidirectional:
+            total = total + _Contrast.apply(positives, anchors, every, counts, sizes, temperature)
+    return total / max(len(classes), 1)
+
+
+def confident_of_other_classes(voxels: Voxels, label: int, number: int) -> torch.Tensor:
+    """Numbers of the ``number`` most confident voxels that are not of class ``label``; fewer if there are no more."""
+    others = (voxels.classes != label).nonzero().squeeze(1)
+    if len(others) <= number:
+        return others
+    return others[voxels.confidence[others].topk(number, sorted=False).indices]
+
+
+def most_confident_per_class(voxels: Voxels, number: int) -> torch.Tensor:
+    """Numbers of the ``number`` most confident voxels of each class: whatever `confident_of_other_classes` would choose
+    is among them."""
+    order, _, counts = _grouped(voxels.classes)
+    kept = []
+    for group in order.split(counts):
+        best = voxels.confidence[group].topk(min(number, len(group)), sorted=False).indices
+        kept.append(group[best])
+    return torch.cat(kept) if kept else order
+
+
+def _grouped(classes: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Voxel numbers sorted by class, the classes there are, and how many voxels each has."""
+    ordered, order = classes.sort(stable=True)
+    present, counts = torch.unique_consecutive(ordered, return_counts=True)
+    return order, present.tolist(), counts.tolist()
+
+
+class _Contrast(torch.autograd.Function):
+    """Sum over anchors of L_c; the gradient is made in the forward pass, a block of anchors at a time.
+
+    Similarities of a block are used while they are in the cache and never kept: memory does not grow with
+    anchors x negatives. Softmax weights of a row are its gradient with respect to similarities.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor,
+                counts: list[int], sizes: list[int], temperature: float) -> torch.Tensor:
+        """anchors, positives: (V, C) grouped by class, counts[k] of each. negatives: sizes[k] rows for group k."""
+        needed = any(ctx.needs_input_grad[:3])
+        gradients = [torch.zeros_like(t) for t in (anchors, positives, negatives)] if needed else []
+        total = anchors.new_zeros(())
+        first_negative = 0
+        starts = [sum(counts[:k]) for k in range(len(counts))]
+        for start, count, size in zip(starts, counts, sizes, strict=True):
+            own = slice(first_negative, first_negative + size)
+            first_negative += size
+            if size == 0:
+                continue
+            scaled = negatives[own] / temperature
+            for begin in range(start, start + count, _ANCHORS_AT_ONCE):
+                rows = slice(begin, min(begin + _ANCHORS_AT_ONCE, start + count))
+                anchor, positive = anchors[rows], positives[rows]
+                similar = (anchor * positive).sum(1) / temperature
+                others = anchor @ scaled.T
+                log_sum = torch.logaddexp(similar, others.logsumexp(1))
+                total += (log_sum - similar).sum()
+                if not needed:
+                    continue
+                weights = others.sub_(log_sum.unsqueeze(1)).exp_()
+                # of the positive: its softmax weight - 1, which is minus the weight of all negatives
+                pull = torch.expm1(similar - log_sum).unsqueeze(1) / temperature
+                gradients[0][rows] = torch.addcmul(weights @ scaled, pull, positive)
+                gradients[1][rows] = pull * anchor
+                gradients[2][own].addmm_(weights.T, anchor, alpha=1.0 / temperature)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        anchors, positives, negatives = (g * upstream for g in ctx.saved_tensors)
+        return anchors, positives, negatives, None, None, None

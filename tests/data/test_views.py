@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from nnunetv2_semi.data.views import IntensityViews
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * 3 + 1
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 6, 7), (2, 1, 4, 5, 6)])
+def test_same_parameters_give_the_same_views(shape):
+    image = images(*shape)
+    drawn = IntensityViews.draw(2, image)
+    assert drawn.apply(image).shape == (2, *shape)
+    assert torch.equal(drawn.apply(image), drawn.apply(image))
+
+
+def test_parameters_are_replayable_from_a_seed():
+    torch.manual_seed(5)
+    first = IntensityViews.draw(2, images(2, 1, 4, 4))
+    torch.manual_seed(5)
+    second = IntensityViews.draw(2, images(2, 1, 4, 4))
+    assert torch.equal(first.scale, second.scale) and first.noise_seed == second.noise_seed
+
+
+@pytest.mark.parametrize("shift_by", ["std", "mean"])
+def test_a_view_is_scale_times_image_plus_shift_and_noise(shift_by):
+    image = images(2, 3, 8, 8, 8)
+    drawn = IntensityViews(torch.full((1, 2, 3), 1.5), torch.full((1, 2, 3), -0.5), torch.tensor([[0.0, 0.1]]), 7)
+    view = drawn.apply(image, shift_by)[0]
+    unit = getattr(image.flatten(2), shift_by)(2)
+    plain = 1.5 * image - 0.5 * unit[..., None, None, None]
+    assert torch.allclose(view[0], plain[0], atol=1e-5)
+    noise = view[1] - plain[1]
+    assert noise.std() == pytest.approx(0.1, rel=0.1) and abs(noise.mean()) < 0.01
+
+
+def test_parameters_stay_in_their_ranges_and_differ_between_views_patches_and_channels():
+    drawn = IntensityViews.draw(50, images(10, 2, 4, 4))
+    assert 0.5 <= drawn.scale.min() < 0.55 and 1.45 < drawn.scale.max() <= 1.5
+    assert -0.5 <= drawn.shift.min() < -0.45 and 0.45 < drawn.shift.max() <= 0.5
+    assert drawn.sigma.max() <= 0.1 and (drawn.sigma > 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert len(drawn.scale.unique()) > 990
+
+
+def test_the_views_of_a_patch_do_not_depend_on_what_else_is_in_the_batch():
+    image = images(3, 1, 5, 5)
+    drawn = IntensityViews(torch.full((2, 3, 1), 0.7), torch.full((2, 3, 1), 0.2), torch.zeros(2, 3), 0)
+    changed = image.clone()
+    changed[0] *= 10
+    assert torch.equal(drawn.apply(image)[:, 1:], drawn.apply(changed)[:, 1:])

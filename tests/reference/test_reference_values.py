@@ -1,0 +1,65 @@
+"""Losses that bear a paper's name equal the authors' released code, value and gradient.
+
+The reference inputs lie outside the repository; set NNUNETV2_SEMI_REFERENCE to their folder.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_semi.losses.area_similarity import area_similarity_contrast
+from nnunetv2_semi.losses.predictions import class_codes
+from nnunetv2_semi.losses.rectified_pseudo_supervision import (
+    PseudoTarget,
+    cosine_consistency,
+    rectified_pseudo_supervision,
+)
+from nnunetv2_semi.losses.voxel_contrast import Voxels, unit_rows, voxel_contrast
+
+FOLDER = Path(os.environ.get("NNUNETV2_SEMI_REFERENCE", Path(__file__).parents[3] / "shared" / "reference"))
+
+
+def reference_values(name):
+    path = FOLDER / f"{name}.npz"
+    if not path.is_file():
+        pytest.skip(f"no reference values at {path}")
+    return np.load(path)
+
+
+def assert_equal_to(reference, loss, gradients):
+    """``gradients``: name in the reference file -> the tensor it is of."""
+    assert abs(float(loss.detach()) - float(reference["loss"])) < 1e-9
+    for name, ours in zip(gradients, torch.autograd.grad(loss, list(gradients.values())), strict=True):
+        assert np.abs(ours.numpy() - reference[name]).max() < 1e-9, name
+
+
+@pytest.mark.parametrize("name", ["asc_binary_2d", "asc_multiclass_2d"])
+def test_area_similarity_contrast(name):
+    reference = reference_values(name)
+    first, second = (torch.tensor(reference[key], requires_grad=True) for key in ("z_i", "z_j"))
+    assert_equal_to(reference, area_similarity_contrast(first, second), {"grad_z_i": first, "grad_z_j": second})
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "unidirectional"])
+def test_voxel_contrast(direction):
+    reference = reference_values(f"voxel_contrast_{direction}")
+    first, second, negative = (torch.tensor(reference[key], requires_grad=True)
+                               for key in ("view_1", "view_2", "negative"))
+    classes, _ = class_codes(torch.tensor(reference["view_logits"]).softmax(1), regions=False)
+    negatives = Voxels.of(negative, *class_codes(torch.tensor(reference["negative_logits"]).softmax(1), regions=False))
+    loss = voxel_contrast(unit_rows(first), unit_rows(second), classes.flatten(), negatives,
+                          int(reference["num_negatives"]), float(reference["temperature"]),
+                          bidirectional=direction == "bidirectional")
+    assert_equal_to(reference, loss, {"grad_view_1": first, "grad_view_2": second, "grad_negative": negative})
+
+
+def test_rectified_pseudo_supervision():
+    reference = reference_values("rectified_pseudo_supervision")
+    student = torch.tensor(reference["student_logits"], requires_grad=True)
+    target = PseudoTarget.from_logits(torch.tensor(reference["target_logits"]), float(reference["temperature"]))
+    assert_equal_to(reference, rectified_pseudo_supervision(student, target), {"grad_student": student})
+    cosine = cosine_consistency(student.detach(), torch.tensor(reference["other_view_logits"]))
+    assert abs(float(cosine) - float(reference["cosine_loss"])) < 1e-9
