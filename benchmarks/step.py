@@ -54,7 +54,8 @@ class Passes:
 
 def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:
     """The passes of one step."""
-    networks = trainer.method.called_networks() if isinstance(trainer, nnUNetTrainerSemi) else [trainer.network]
+    held = trainer.method if isinstance(trainer, nnUNetTrainerSemi) else trainer.network
+    networks = [module for module in held.modules() if hasattr(module, "encoder") and hasattr(module, "decoder")]
     passes = Passes(trainer.batch_size)
     with passes.counted(networks):
         trainer.train_step(batch)

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from measuring import Allocations, alternately, machine, table
 
 from nnunetv2_semi.losses.voxel_contrast import Voxels, unit_rows, voxel_contrast
@@ -19,17 +20,20 @@ _TEMPERATURE = 0.1
 
 def direct_contrast(view_1: torch.Tensor, view_2: torch.Tensor, classes: torch.Tensor, negatives: Voxels,
                     number: int) -> torch.Tensor:
-    """L_bc of unit vectors (V, C), with negatives of its own for each voxel."""
+    """L_bc = L_c(view_1, view_2) + L_c(view_2, view_1) of (V, C) features, with negatives of its own for each voxel."""
+    return sum((direct_direction(anchors, positives, classes, negatives, number)
+                for anchors, positives in ((view_1, view_2), (view_2, view_1))), start=view_1.new_zeros(()))
+
+
+def direct_direction(anchors: torch.Tensor, positives: torch.Tensor, classes: torch.Tensor, negatives: Voxels,
+                     number: int) -> torch.Tensor:
+    """Mean of -log( exp(u.v / tau) / (exp(u.v / tau) + sum_n exp(u.u-_n / tau)) ), u.v the cosine of u and v."""
     other_class = negatives.classes[None] != classes[:, None]  # (voxels, candidates)
     confidence = negatives.confidence[None].expand_as(other_class).masked_fill(~other_class, -1)
     chosen = negatives.features[confidence.topk(number, dim=1).indices]  # (voxels, negatives, channels)
-    total = view_1.new_zeros(())
-    for anchor, positive in ((view_1, view_2), (view_2, view_1)):
-        similar = (anchor * positive).sum(1) / _TEMPERATURE
-        others = (anchor[:, None] * chosen).sum(2) / _TEMPERATURE
-        numerator = similar.exp()
-        total = total - (numerator / (numerator + others.exp().sum(1))).log().mean()
-    return total
+    similar = (F.cosine_similarity(anchors, positives, dim=1) / _TEMPERATURE).exp()
+    others = (F.cosine_similarity(anchors[:, None], chosen, dim=2) / _TEMPERATURE).exp()
+    return -(similar / (similar + others.sum(1))).log().mean()
 
 
 def gradient_of(form: Callable, maps: Sequence[torch.Tensor], classes: torch.Tensor, pool: tuple,

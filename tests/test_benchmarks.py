@@ -12,7 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("area_similarity", "loader", "memory", "step")
+SCRIPTS = ("area_similarity", "loader", "memory", "step", "voxel_contrast")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are part of the source tree alone")
 
@@ -80,8 +80,17 @@ def test_the_contrast_equals_the_broadcast_form_without_a_tensor_of_all_pairs(sc
     assert float(broadcast[4].split()[0]) > 5 * float(ours[4].split()[0])
 
 
+def test_the_voxel_contrast_equals_the_direct_form_in_less_memory(script, capsys):
+    script("voxel_contrast").main(["--shape", "6", "6", "4", "--channels", "8", "--negatives", "20", "--classes", "3"])
+    output = capsys.readouterr().out
+    differences = re.search(r"values differ by (\S+), gradients by (\S+) of", output)
+    assert differences is not None and all(float(value) < 1e-4 for value in differences.groups())
+    assert rows(output, "ours")[0][5] == rows(output, "direct")[0][5]
+
+
 def test_the_passes_of_a_step_are_counted(script, capsys):
-    chosen = ["Mean Teacher, sequential", "Semi-CML stage 1, sequential", "Semi-CML stage 1, one_pass"]
+    chosen = ["Mean Teacher, sequential", "Semi-CML stage 1, sequential", "Semi-CML stage 1, one_pass",
+              "RCPS, sequential", "RCPS, one_pass"]
     script("step").main(["--rounds", "1", "--shape", "16", "16", "16", "--only", *chosen])
     output = capsys.readouterr().out
     passes = {name: rows(output, name)[0][1:4] for name in ["nnU-Net's own", *chosen]}
@@ -90,16 +99,20 @@ def test_the_passes_of_a_step_are_counted(script, capsys):
     # two branches, each labelled and unlabelled; sequentially the unlabelled passes are computed twice
     assert passes["Semi-CML stage 1, sequential"] == ["6", "4", "4.67"]
     assert passes["Semi-CML stage 1, one_pass"] == ["4", "4", "4.00"]
+    # three versions of two streams; backward from the logits of all but the unlabelled original version
+    assert passes["RCPS, sequential"] == ["12", "5", "7.33"]
+    assert passes["RCPS, one_pass"] == ["6", "6", "6.00"]
 
 
 def test_methods_need_little_more_memory_than_nnunet_with_its_own_plans(script, capsys):
     chosen = ["Mean Teacher, sequential", "Semi-CML stage 1, sequential", "Semi-CML PReL with self, sequential",
-              "Semi-CML stage 1, one_pass"]
+              "RCPS, sequential", "Semi-CML stage 1, one_pass"]
     script("memory").main(["--features", "4", "--gpu-memory", "0.02", "--image-side", "48", "--only", *chosen])
     first, second = capsys.readouterr().out.split("\n2. ")
-    ratios = [float(row[2]) for name in chosen[:3] for row in rows(first, name)]
-    assert len(ratios) == 3 and 1.0 < min(ratios) and max(ratios) < 1.6
-    joined = float(rows(second, chosen[3])[0][4])
+    ratios = [float(row[2]) for name in chosen[:4] for row in rows(first, name)]
+    assert len(ratios) == 4 and 1.0 < min(ratios) and max(ratios[:3]) < 1.6
+    assert ratios[3] < 2.2  # six maps of four classes beside features of four channels
+    joined = float(rows(second, chosen[4])[0][4])
     assert joined <= 1.0
 
 

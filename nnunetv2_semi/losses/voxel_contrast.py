@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-_ANCHORS_AT_ONCE = 4096  # rows of similarities in memory at any time
+_ANCHORS_AT_ONCE = 1024  # so that their similarities stay in the cache
 
 
 @dataclass(frozen=True)
@@ -128,22 +128,25 @@ class _Contrast(torch.autograd.Function):
             first_negative += size
             if size == 0:
                 continue
-            scaled = negatives[own] / temperature
+            candidates = negatives[own]
             for begin in range(start, start + count, _ANCHORS_AT_ONCE):
                 rows = slice(begin, min(begin + _ANCHORS_AT_ONCE, start + count))
-                anchor, positive = anchors[rows], positives[rows]
-                similar = (anchor * positive).sum(1) / temperature
-                others = anchor @ scaled.T
-                log_sum = torch.logaddexp(similar, others.logsumexp(1))
-                total += (log_sum - similar).sum()
+                anchor, positive = anchors[rows] / temperature, positives[rows]
+                similar = (anchor * positive).sum(1)
+                others = anchor @ candidates.T
+                largest = torch.maximum(similar, others.amax(1))
+                weights = others.sub_(largest.unsqueeze(1)).exp_()
+                of_others = weights.sum(1)
+                of_all = of_others + torch.exp(similar - largest)
+                total += (of_all.log() + largest - similar).sum()
                 if not needed:
                     continue
-                weights = others.sub_(log_sum.unsqueeze(1)).exp_()
-                # of the positive: its softmax weight - 1, which is minus the weight of all negatives
-                pull = torch.expm1(similar - log_sum).unsqueeze(1) / temperature
-                gradients[0][rows] = torch.addcmul(weights @ scaled, pull, positive)
+                # The positive's softmax weight - 1 is minus the weight of all negatives.
+                share = of_all.unsqueeze(1).reciprocal()
+                pull = -of_others.unsqueeze(1) * share
+                gradients[0][rows] = (weights @ candidates).mul_(share).addcmul_(pull, positive).div_(temperature)
                 gradients[1][rows] = pull * anchor
-                gradients[2][own].addmm_(weights.T, anchor, alpha=1.0 / temperature)
+                gradients[2][own].addmm_(weights.T, anchor * share)
         ctx.save_for_backward(*gradients)
         return total
 
