@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from nnunetv2_semi.data.dataset_settings import folder_name
 from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
 
@@ -68,7 +69,8 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
         models = method.stock_models(plans["configurations"][configuration].get("semi", {}),
                                      checkpoint["network_weights"], len(dataset_json["channel_names"]))
         for name, (channels, weights) in _chosen(models, modality, method.name).items():
-            folder = os.path.join(output_folder, name) if len(models) > 1 and modality is None else output_folder
+            one_of_several = len(models) > 1 and modality is None
+            folder = os.path.join(output_folder, folder_name(name)) if one_of_several else output_folder
             stock = {"plans": _stock_plans(plans, channels), "dataset_json": _stock_dataset(dataset_json, channels)}
             if name not in written:
                 _make_folder(folder)

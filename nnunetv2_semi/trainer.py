@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunetv2_semi import checkpoints, compat, training_data, training_pictures
-from nnunetv2_semi.data.dataset_settings import modalities_or_channels
+from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels
 from nnunetv2_semi.data.loader import BatchStream
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process, sum_over_processes
 from nnunetv2_semi.errors import UserError
@@ -296,7 +295,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         """nnU-Net's validation, of each part by itself into ``<fold>/<part>/validation``, then of the deployed one."""
         for name, part in self.method.parts().items():
             self.print_to_log_file(f"Validation of {name} alone:")
-            whole, self.output_folder = self.output_folder, os.path.join(self.output_folder, file_name(name))
+            whole, self.output_folder = self.output_folder, os.path.join(self.output_folder, folder_name(name))
             try:
                 with self._validating(part):
                     super().perform_actual_validation()
@@ -354,11 +353,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._restored = True
-
-
-def file_name(name: str) -> str:
-    """``name`` as a folder name."""
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _with_own_target(batch: dict) -> dict:

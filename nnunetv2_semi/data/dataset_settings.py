@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from nnunetv2_semi.errors import UserError
@@ -114,3 +115,8 @@ def modalities_or_channels(dataset_json: dict, where: str = "dataset.json") -> d
     names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     unique = len(set(names.values())) == len(names)
     return {str(name) if unique else f"{name}_{index}": [int(index)] for index, name in names.items()}
+
+
+def folder_name(modality: str) -> str:
+    """The name of a modality as that of a folder."""
+    return re.sub(r"[^\w.-]+", "_", modality)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunetv2_semi.data.dataset_settings import DatasetSettings, read_dataset_settings
+from nnunetv2_semi.data.dataset_settings import DatasetSettings, folder_name, read_dataset_settings
 from nnunetv2_semi.errors import UserError
 
 BASE = {"channel_names": {"0": "CT", "1": "T1", "2": "T2"}}
@@ -37,3 +37,8 @@ def test_values_are_read():
 def test_mistakes_are_named(semi, message):
     with pytest.raises(UserError, match=message):
         read_dataset_settings(dict(BASE, semi=semi))
+
+
+def test_a_folder_is_named_after_its_modality_without_odd_characters():
+    assert folder_name("T1") == "T1"
+    assert folder_name("b=0 / ADC") == "b_0_ADC"

@@ -112,6 +112,23 @@ def test_stock_prediction_averages_the_modalities_and_each_is_exported(trained, 
     assert np.abs(singles[0] - singles[1]).mean() > 1e-3
 
 
+def test_rcps_trains_and_its_export_predicts_without_this_package(trained, tools, tmp_path):
+    workspace = tmp_path / "w"
+    shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("nnUNet_results"))
+    (workspace / "nnUNet_results").mkdir()
+    tools.set_semi(workspace, num_epochs=1)
+    train, model = ([argument.replace("SemiCML", "SemiRCPS") for argument in arguments] for arguments in (TRAIN, MODEL))
+    printed = tools.run(workspace, *train).stdout
+    assert "pseudo_supervision" in printed and "contrast" in printed and "Mean Validation Dice" in printed
+    tools.run(workspace, "nnunetv2_semi", "export", *model, "-o", str(tmp_path / "exported"))
+    images = raw(workspace) / "imagesTs"
+    predict_without_this_package(workspace, tools, images, tmp_path / "alone", tmp_path / "exported")
+    folders = "-i", str(images), "-o", str(tmp_path / "with")
+    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *ON_CPU)
+    prediction, = (tmp_path / "alone").glob("*.nii.gz")
+    assert np.array_equal(read(prediction), read(tmp_path / "with" / prediction.name))
+
+
 def predict_without_this_package(workspace, tools, images, output, model):
     program = (
         "import sys, importlib.abc\n"

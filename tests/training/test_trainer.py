@@ -117,6 +117,23 @@ def test_checkpoint_holds_the_deployed_network_and_stock_nnunet_loads_it(tools, 
         "trainer_name", "inference_allowed_mirroring_axes"}
 
 
+def test_pictures_show_the_same_patch_through_training(tools, workspace):
+    tools.set_semi(workspace, num_epochs=4, pictures=3)
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiRCPS")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    rows = [np.load(folder / "pictures" / f"epoch_{epoch:04d}.npz") for epoch in (0, 2, 3)]
+    assert len(list((folder / "pictures").iterdir())) == 3
+    for row in rows:
+        assert np.array_equal(row["image/image"], rows[0]["image/image"])
+        assert set(row.files) == {"image/image", "image/e^-D", "segmentation/truth", "segmentation/pseudo-label",
+                                  "segmentation/prediction of a view"}
+        assert 0 <= row["image/e^-D"].min() and row["image/e^-D"].max() <= 1 + 1e-5
+        assert (row["segmentation/truth"] > 0).any()
+    assert not np.array_equal(rows[0]["image/e^-D"], rows[-1]["image/e^-D"])
+    assert (folder / "pictures.png").stat().st_size > 10_000
+
+
 def test_teacher_starts_from_pretrained_weights(tools, workspace):
     from nnunetv2.run.run_training import maybe_load_checkpoint
 
