@@ -38,12 +38,14 @@ _DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 @dataclass(frozen=True)
 class SemiCMLSettings(BaseSettings):
     """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside
-    a supervised loss of 10 BCE + 7 Dice: beside nnU-Net's CE + Dice the same share is 0.5), asc_ramp_fraction (share of
-    training over which that weight ramps up; the paper's is constant), temperature, areas
+    a supervised loss of 10 BCE + 7 Dice; beside nnU-Net's CE + Dice the same share would be 0.5, at which networks were
+    seen to invent foreground that tells areas apart), asc_ramp_fraction (share of training over which that weight
+    ramps up; the paper's is constant), temperature, areas
     ("slice": 2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas
     (those in which neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of
     the mean squared difference, sigmoid ramp-up over ramp_fraction of training).
-    Stage 2: prel (have it at all), prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
+    Stage 2: prel (have it at all), prel_weight (of all its terms; the paper's are weighted 1 beside 10 BCE + 7 Dice),
+    prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
     passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
     better modality learns from itself too), better_modality (None: chosen by the Dice on labelled training patches),
     soft_label (the paper's "better": of the better modality's teacher; "mean": of all teachers, and all modalities
@@ -53,7 +55,7 @@ class SemiCMLSettings(BaseSettings):
     """
 
     asc: bool = True
-    asc_weight: float = 0.5
+    asc_weight: float = 0.1
     asc_ramp_fraction: float = 0.0
     temperature: float = 1.0
     areas: Literal["slice", "volume"] = "slice"
@@ -62,6 +64,7 @@ class SemiCMLSettings(BaseSettings):
     consistency_weight: float = 1.0
     ramp_fraction: float = 1.0
     prel: bool = True
+    prel_weight: float = 0.1
     prel_start: float = 0.63
     prel_passes: int = 4
     prel_noise: float = 0.1
@@ -196,14 +199,14 @@ class SemiCML(Method):
             predicted = probabilities(logits, self.context.regions)
             self.note_agreement(soft_label, predicted)
             alpha = self.settings.alpha_better if name == better else self.settings.alpha_weaker
-            regions = self.context.regions
+            regions, whole = self.context.regions, self.settings.prel_weight
             relearn = (soft_cross_entropy(logits, soft_label, regions) + soft_dice_loss(predicted, soft_label, regions))
             if not self.settings.asc:
-                yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(1.0))]
+                yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(whole))]
                 continue
             contrast = self._contrast(*self._areas(soft_label, predicted))
-            yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(1.0 - alpha)),
-                   Term(f"prel_asc_{name}", contrast, self.unlabelled_weight(alpha))]
+            yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(whole * (1.0 - alpha))),
+                   Term(f"prel_asc_{name}", contrast, self.unlabelled_weight(whole * alpha))]
 
     def _learners(self) -> list[str]:
         """The modalities that re-learn now: the better one learns from itself at the end of stage 2 alone."""

@@ -1,13 +1,17 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
 from nnunetv2_semi.step import TrainingStep
 from nnunetv2_semi.teachers import BestModelAverage
+
+RAMP = math.exp(-5 * 0.25)  # half-way
 
 
 def make(small, channels=2, heads=3, dims=3, one_pass=False, dropout=0.0, regions=False, ignore_label=None,
@@ -84,11 +88,32 @@ def test_stage_one_teaches_both_modalities_and_stage_two_only_the_weaker(small):
 
 
 def test_alpha_divides_between_contrast_and_relearning(small):
-    method = make(small, better_modality="m1", unlabelled_weight=2.0)
+    method = make(small, better_modality="m1", unlabelled_weight=2.0, prel_weight=1.0)
     method.progress = 0.99
     weights = {t.name: t.weight for g in method.loss(small.batch()) for t in g}
     assert weights["prel_m0"] == pytest.approx(2 * 0.99) and weights["prel_asc_m0"] == pytest.approx(2 * 0.01)
     assert weights["prel_m1"] == pytest.approx(2 * 0.8) and weights["prel_asc_m1"] == pytest.approx(2 * 0.2)
+
+
+def test_prel_weight_scales_all_of_stage_two(small):
+    method = make(small, better_modality="m1", prel_weight=0.3)
+    method.progress = 0.7
+    weights = {t.name: t.weight for g in method.loss(small.batch()) for t in g}
+    assert weights["prel_m0"] == pytest.approx(0.3 * 0.99) and weights["prel_asc_m0"] == pytest.approx(0.3 * 0.01)
+
+
+def test_the_mean_soft_label_is_of_all_teachers_and_all_modalities_learn_from_it(small):
+    method = make(small, soft_label="mean", prel_noise=0.0, prel_passes=1, better_modality="m1", asc=False)
+    method.progress = 0.7
+    batch = small.batch()
+    terms = {t.name: t for g in method.loss(batch) for t in g if not t.supervised}
+    assert list(terms) == ["prel_m0", "prel_m1"]
+    each = [teacher.network(batch.unlabelled[:, [channel]]).softmax(1)
+            for channel, teacher in enumerate(method.teachers)]
+    label = torch.stack(each).mean(0).detach()
+    logits = method.student.branches[0](batch.unlabelled[:, [0]])
+    expected = soft_cross_entropy(logits, label, False) + soft_dice_loss(logits.softmax(1), label, False)
+    assert torch.allclose(terms["prel_m0"].value, expected)
 
 
 @pytest.mark.parametrize("settings, progress, expected", [
@@ -103,14 +128,14 @@ def test_ablations_switch_terms_off(small, settings, progress, expected):
     assert [t.name for g in method.loss(small.batch()) for t in g] == expected
 
 
-@pytest.mark.parametrize("settings, expected", [({}, 0.5), ({"asc_weight": 3.5}, 3.5)])
+@pytest.mark.parametrize("settings, expected", [({}, 0.1), ({"asc_weight": 3.5}, 3.5),
+                                                ({"asc_weight": 3.5, "asc_ramp_fraction": 1.0}, 3.5 * RAMP)])
 def test_stage_one_weights(small, settings, expected):
-    """3.5 is the paper's, beside 7 Dice; the default keeps that share beside nnU-Net's one Dice."""
     method = make(small, **settings)
     method.progress = 0.5
     weights = {t.name: t.weight for g in method.loss(small.batch()) for t in g}
-    assert weights["asc"] == expected
-    assert weights["consistency"] == pytest.approx(2.718281828 ** (-5 * 0.25))
+    assert weights["asc"] == pytest.approx(expected)
+    assert weights["consistency"] == pytest.approx(RAMP)
 
 
 def test_the_better_modality_on_labelled_training_patches_teaches(small):

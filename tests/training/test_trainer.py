@@ -177,7 +177,7 @@ def test_log_names_every_term_with_its_weight(tools, workspace):
     assert np.isnan(log["semi/loss_asc"][1])
     assert second_stage and np.isnan(log[second_stage[0]][0]) and np.isfinite(log[second_stage[0]][1])
     text = Path(trainer.log_file).read_text()
-    assert "asc " in text and "(weight 0.5000)" in text
+    assert "asc " in text and "(weight 0.1000)" in text
     assert (Path(trainer.output_folder) / "progress.png").stat().st_size > 10_000
 
 
