@@ -180,3 +180,18 @@ def test_wrong_settings_are_refused():
         RCPSSettings(num_negatives=0)
     with pytest.raises(UserError, match="max_anchors"):
         RCPSSettings(max_anchors=0)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_mixed_precision_stays_close_to_single_precision(small, regions):
+    values = []
+    for enabled in (False, True):
+        method = make(small, regions=regions, deep_supervision=True)
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            terms = next(iter(method.loss(small.batch(regions=regions, deep_supervision=True))))
+        sum(term.value for term in terms).backward()
+        assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+        values.append({term.name: term.value.item() for term in terms})
+    for name, value in values[0].items():
+        assert values[1][name] == pytest.approx(value, rel=0.1, abs=0.05), name
