@@ -28,6 +28,7 @@ from nnunetv2_semi.losses.predictions import dice_from_counts
 from nnunetv2_semi.methods.base import Batch, Context, Method
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
+from nnunetv2_semi.networks.stage_checkpoints import checkpoint_stages
 from nnunetv2_semi.step import TrainingStep
 
 _COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # what nnU-Net's validation step returns
@@ -120,6 +121,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.method = self.method_class(student, self.settings, context).to(self.device)
         broadcast_from_first(self.method)
+        if self.settings.gradient_checkpointing:
+            checkpoint_stages(self.method)
         self.network = self.method.student
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")

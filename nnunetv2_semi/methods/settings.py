@@ -25,6 +25,7 @@ class Settings:
     arrangement: "sequential" runs a step's passes one after another and accumulates gradients, "one_pass" joins them
         (faster, more memory), "auto" joins as many as the plan has room for (planned_graphs).
     planned_graphs: network graphs that fit in memory at once; written by nnUNetPlannerSemi, 1 for stock plans.
+    gradient_checkpointing: recompute what is within a stage of a network for its gradient (less memory, slower).
     pictures: epochs of which pictures.png shows a validation patch, spread evenly over training; 0: no picture.
     skip_unreadable: leave unreadable unlabelled cases out with a warning instead of stopping.
     max_skipped_steps: so many steps in a row with a non-finite loss stop training.
@@ -43,6 +44,7 @@ class Settings:
     unlabelled_weight: float = 1.0
     arrangement: Literal["auto", "sequential", "one_pass"] = "auto"
     planned_graphs: int = 1
+    gradient_checkpointing: bool = False
     pictures: int = 3
     skip_unreadable: bool = False
     max_skipped_steps: int = 50
