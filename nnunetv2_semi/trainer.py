@@ -21,7 +21,13 @@ from tqdm import tqdm
 from nnunetv2_semi import checkpoints, compat, training_data, training_pictures
 from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels
 from nnunetv2_semi.data.loader import BatchStream
-from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process, sum_over_processes
+from nnunetv2_semi.distributed import (
+    broadcast_from_first,
+    mean_over_processes,
+    on_first_process,
+    rows_of_all_processes,
+    sum_over_processes,
+)
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
 from nnunetv2_semi.losses.predictions import dice_from_counts
@@ -103,6 +109,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             regions=self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
             spacing=tuple(self.configuration_manager.spacing), modalities=self.settings.modalities or {},
             one_pass=one_pass, images_per_pass=self._images_per_pass(), sum_over_processes=sum_over_processes,
+            rows_of_all_processes=rows_of_all_processes,
             scale_weights=tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,))),
             patch_size=tuple(self.configuration_manager.patch_size), num_heads=num_heads,
             build_network=lambda channels: nnUNetTrainer.build_network_architecture(

@@ -19,7 +19,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from torch import nn
 
 import nnunetv2_semi
-from nnunetv2_semi.distributed import sum_over_processes
+from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
 from nnunetv2_semi.methods.base import Batch, Context
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
 from nnunetv2_semi.methods.rcps import RCPS
@@ -73,8 +73,8 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
                             nonlin=nn.LeakyReLU, deep_supervision=False)
     dice = {"batch_dice": False, "do_bg": regions, "smooth": 1e-5}
     loss: nn.Module = DC_and_BCE_loss({}, dice) if regions else DC_and_CE_loss(dice, {})
-    context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, 1, sum_over_processes, (1.0,), (8, 8),
-                      HEADS, lambda channels: nn.Conv2d(channels, HEADS, 1))
+    context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, 1, sum_over_processes,
+                      rows_of_all_processes, (1.0,), (8, 8), HEADS, lambda channels: nn.Conv2d(channels, HEADS, 1))
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)

@@ -67,6 +67,7 @@ class Context:
     spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. one_pass: join a step's passes.
     images_per_pass: where they are not joined and their graphs are needed at once, so many go through together.
     sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
+    rows_of_all_processes: joins the rows of all of them, with gradients; likewise.
     scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
     patch_size: voxels per axis. num_heads: channels of the logits. build_network: another network of the plan's
     architecture, freshly initialised, for so many input channels.
@@ -80,6 +81,7 @@ class Context:
     one_pass: bool
     images_per_pass: int
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor]
+    rows_of_all_processes: Callable[[torch.Tensor], torch.Tensor]
     scale_weights: tuple[float, ...]
     patch_size: tuple[int, ...]
     num_heads: int

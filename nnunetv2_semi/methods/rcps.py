@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunetv2_semi.data.views import IntensityViews
-from nnunetv2_semi.distributed import rows_of_all_processes
 from nnunetv2_semi.losses.predictions import Logits, class_codes, full_resolution, probabilities
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     PseudoTarget,
@@ -25,10 +24,10 @@ from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     two_class_logits,
 )
 from nnunetv2_semi.losses.voxel_contrast import Voxels, unit_rows, voxel_contrast
-from nnunetv2_semi.memory_bank import VoxelBank
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.networks.decoder_features import ProjectedFeatures
+from nnunetv2_semi.networks.memory_bank import VoxelBank
 
 _VIEWS = 2
 
@@ -177,8 +176,9 @@ class RCPS(Method):
         for stream, versions in enumerate((labelled, unlabelled)):
             negatives = voxels[1 - stream]
             if settings.negatives_from_all_processes:
-                negatives = Voxels(*(rows_of_all_processes(rows) for rows in
-                                     (negatives.features, negatives.classes, negatives.confidence)))
+                gathered = self.context.rows_of_all_processes
+                negatives = Voxels(gathered(negatives.features), gathered(negatives.classes),
+                                   gathered(negatives.confidence))
             bank = self.banks[1 - stream]
             assert isinstance(bank, VoxelBank)
             negatives = bank.joined_with(negatives)

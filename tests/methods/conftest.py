@@ -10,7 +10,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
-from nnunetv2_semi.distributed import sum_over_processes
+from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
 from nnunetv2_semi.methods.base import Batch, Context
 
 
@@ -38,7 +38,7 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
     modalities = {f"m{i}": [i] for i in range(channels)}
     weights = (0.7, 0.3) if deep_supervision else (1.0,)
     return Context(loss, regions, ignore_label, spacing, modalities, one_pass, images_per_pass, sum_over_processes,
-                   weights, (8, 8, 8), 3, lambda count: small_network(count, 3))
+                   rows_of_all_processes, weights, (8, 8, 8), 3, lambda count: small_network(count, 3))
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

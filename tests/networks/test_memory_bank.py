@@ -1,7 +1,7 @@
 import torch
 
 from nnunetv2_semi.losses.voxel_contrast import Voxels
-from nnunetv2_semi.memory_bank import VoxelBank
+from nnunetv2_semi.networks.memory_bank import VoxelBank
 
 
 def voxels(count, start=0.0):
