@@ -155,7 +155,6 @@ def _save_checkpoint(checkpoint: dict, weights: dict, stock: dict[str, dict], fo
     """
     from nnunetv2_semi.checkpoints import save_whole
 
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     init_args = {**checkpoint["init_args"], **stock, "fold": fold if fold == "all" else int(fold)}
     save_whole({
         "network_weights": {key: value.clone() for key, value in weights.items()},
