@@ -24,7 +24,7 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training_time import iterations_for, seconds_per_pass
 
 LABELLED, UNLABELLED, TEST = 4, 18, 6
-SHAPE = (32, 40, 32)
+SHAPE = (24, 32, 24)
 DATASET_ID = 1
 CONFIGURATION = "3d_fullres"
 COMMANDS = ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict")
@@ -35,7 +35,7 @@ KEPT_FOLDER = "nnunetv2_semi_demo"
 EPOCHS = 10
 SHOWN_CASES = 3
 
-DEFAULT_MINUTES = 4.5
+DEFAULT_MINUTES = 5.0
 SMALLEST_MINUTES = 3.0
 # Dice per structure per case.
 DicePerCase = dict[str, dict[str, float]]
