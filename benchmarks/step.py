@@ -18,6 +18,7 @@ from phantom_plans import phantom, random_batch, ready
 from torch import nn
 from variants import STOCK, VARIANTS
 
+from nnunetv2_semi.networks.stage_checkpoints import encoder_decoders
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
 
@@ -55,9 +56,8 @@ class Passes:
 def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:
     """The passes of one step."""
     held = trainer.method if isinstance(trainer, nnUNetTrainerSemi) else trainer.network
-    networks = [module for module in held.modules() if hasattr(module, "encoder") and hasattr(module, "decoder")]
     passes = Passes(trainer.batch_size)
-    with passes.counted(networks):
+    with passes.counted(encoder_decoders(held)):
         trainer.train_step(batch)
     return passes
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nnunetv2_semi.losses.predictions import single_precision
+
 _EPS = 1e-6
 
 
@@ -40,9 +42,7 @@ def area_similarity_contrast(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     with torch.autocast(areas_first.device.type, enabled=False):
-        areas = torch.cat([areas_first, areas_second])
-        if areas.dtype in (torch.float16, torch.bfloat16):
-            areas = areas.float()
+        areas = single_precision(torch.cat([areas_first, areas_second]))
         logits = area_similarity(areas) / temperature
         itself = torch.eye(len(areas), dtype=torch.bool, device=areas.device)
         positives = torch.arange(len(areas), device=areas.device).roll(len(areas_first))

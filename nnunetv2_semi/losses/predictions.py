@@ -14,10 +14,14 @@ def full_resolution(output: Logits) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def single_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float32 if it is of half precision, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def probabilities(output: Logits, regions: bool) -> torch.Tensor:
     """Float32 (or float64) probabilities (B, K, *spatial) of the finest output: sigmoid for regions, else softmax."""
-    logits = full_resolution(output)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = single_precision(full_resolution(output))
     return logits.sigmoid() if regions else logits.softmax(1)
 
 

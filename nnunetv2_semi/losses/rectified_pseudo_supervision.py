@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nnunetv2_semi.losses.predictions import single_precision
+
 
 def two_class_logits(logits: torch.Tensor) -> torch.Tensor:
     """Region (sigmoid) logits (B, R, *spatial) as softmax logits of two classes a region, (B R, 2, *spatial)."""
@@ -38,7 +40,7 @@ class PseudoTarget:
         """logits t (B, K, *spatial), softmax over K; temperature T > 0 (ValueError otherwise)."""
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        logits = _single_precision(logits.detach())
+        logits = single_precision(logits.detach())
         log_probability = logits.log_softmax(1)
         probability = log_probability.exp()
         return cls((logits / temperature).softmax(1), probability, (probability * log_probability).sum(1))
@@ -54,7 +56,7 @@ def rectified_pseudo_supervision(view: torch.Tensor, target: PseudoTarget, recti
         raise ValueError(f"view and target must have the same shape, got {tuple(view.shape)} "
                          f"and {tuple(target.probability.shape)}")
     with torch.autocast(view.device.type, enabled=False):
-        view = _single_precision(view)
+        view = single_precision(view)
         if not rectify:
             return -(target.sharpened * view.log_softmax(1)).sum(1).mean()
         return _Rectified.apply(view, target.sharpened, target.probability, target.negative_entropy)
@@ -63,13 +65,13 @@ def rectified_pseudo_supervision(view: torch.Tensor, target: PseudoTarget, recti
 @torch.no_grad()
 def divergence(view: torch.Tensor, target: PseudoTarget) -> torch.Tensor:
     """D = KL(softmax(t) || softmax(view)) per voxel, (B, *spatial), nats; e^-D is the weight of a voxel."""
-    return target.negative_entropy - (target.probability * _single_precision(view).log_softmax(1)).sum(1)
+    return target.negative_entropy - (target.probability * single_precision(view).log_softmax(1)).sum(1)
 
 
 def cosine_consistency(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """L_cr = mean over voxels of 1 - cos(first, second), the cosine over channels of two (B, K, *spatial); a scalar."""
     with torch.autocast(first.device.type, enabled=False):
-        return 1.0 - F.cosine_similarity(_single_precision(first), _single_precision(second), dim=1).mean()
+        return 1.0 - F.cosine_similarity(single_precision(first), single_precision(second), dim=1).mean()
 
 
 class _Rectified(torch.autograd.Function):
@@ -98,7 +100,3 @@ class _Rectified(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None
-
-
-def _single_precision(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

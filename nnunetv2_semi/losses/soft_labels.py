@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_semi.losses.predictions import foreground
+from nnunetv2_semi.losses.predictions import foreground, single_precision
 
 _EPS = 1e-5
 
@@ -15,7 +15,7 @@ def soft_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, regions: 
 
     logits, soft_label: (B, K, *spatial), soft_label in [0, 1] (summing to 1 over K unless ``regions``).
     """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = single_precision(logits)
     if regions:
         return F.binary_cross_entropy_with_logits(logits, soft_label)
     return -(soft_label * logits.log_softmax(1)).sum(1).mean()

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nnunetv2_semi.losses.predictions import single_precision
+
 _ANCHORS_AT_ONCE = 1024  # so that their similarities stay in the cache
 
 
@@ -50,8 +52,7 @@ class Voxels:
 
 def unit_rows(features: torch.Tensor) -> torch.Tensor:
     """Feature map (B, C, *spatial) -> float32 (or float64) unit vectors (B * voxels, C)."""
-    rows = features.movedim(1, -1).flatten(0, -2)
-    return F.normalize(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, dim=1)
+    return F.normalize(single_precision(features.movedim(1, -1).flatten(0, -2)), dim=1)
 
 
 def voxel_contrast(view_1: torch.Tensor, view_2: torch.Tensor, classes: torch.Tensor, negatives: Voxels,
@@ -119,21 +120,19 @@ class _Contrast(torch.autograd.Function):
                 counts: list[int], sizes: list[int], temperature: float) -> torch.Tensor:
         """anchors, positives: (V, C) grouped by class, counts[k] of each. negatives: sizes[k] rows for group k."""
         needed = any(ctx.needs_input_grad[:3])
-        gradients = [torch.zeros_like(t) for t in (anchors, positives, negatives)] if needed else []
+        gradients = [torch.zeros_like(tensor) for tensor in (anchors, positives, negatives)]
+        by_anchor = (anchors, positives, *gradients[:2])
+        groups = zip(*(tensor.split(counts) for tensor in by_anchor), negatives.split(sizes),
+                     gradients[2].split(sizes), strict=True)
         total = anchors.new_zeros(())
-        first_negative = 0
-        starts = [sum(counts[:k]) for k in range(len(counts))]
-        for start, count, size in zip(starts, counts, sizes, strict=True):
-            own = slice(first_negative, first_negative + size)
-            first_negative += size
-            if size == 0:
+        for *of_anchors, candidates, to_candidates in groups:
+            if len(candidates) == 0:
                 continue
-            candidates = negatives[own]
-            for begin in range(start, start + count, _ANCHORS_AT_ONCE):
-                rows = slice(begin, min(begin + _ANCHORS_AT_ONCE, start + count))
-                anchor, positive = anchors[rows] / temperature, positives[rows]
-                similar = (anchor * positive).sum(1)
-                others = anchor @ candidates.T
+            for anchor, positive, to_anchor, to_positive in zip(
+                    *(tensor.split(_ANCHORS_AT_ONCE) for tensor in of_anchors), strict=True):
+                scaled = anchor / temperature
+                similar = (scaled * positive).sum(1)
+                others = scaled @ candidates.T
                 largest = torch.maximum(similar, others.amax(1))
                 weights = others.sub_(largest.unsqueeze(1)).exp_()
                 of_others = weights.sum(1)
@@ -144,9 +143,9 @@ class _Contrast(torch.autograd.Function):
                 # The positive's softmax weight - 1 is minus the weight of all negatives.
                 share = of_all.unsqueeze(1).reciprocal()
                 pull = -of_others.unsqueeze(1) * share
-                gradients[0][rows] = (weights @ candidates).mul_(share).addcmul_(pull, positive).div_(temperature)
-                gradients[1][rows] = pull * anchor
-                gradients[2][own].addmm_(weights.T, anchor * share)
+                to_anchor.copy_((weights @ candidates).mul_(share).addcmul_(pull, positive).div_(temperature))
+                to_positive.copy_(pull * scaled)
+                to_candidates.addmm_(weights.T, scaled * share)
         ctx.save_for_backward(*gradients)
         return total
 

@@ -80,9 +80,13 @@ class RCPSSettings(BaseSettings):
 
 @dataclass(frozen=True)
 class _Versions:
-    """A stream's logits for the original version of its patches and for the views; features in this order, or none."""
+    """A stream's logits for the original version of its patches and for the views; features in this order, or none.
+
+    probability: of the original version at full resolution, without a graph.
+    """
 
     original: Logits
+    probability: torch.Tensor
     views: list[Logits]
     features: list[torch.Tensor]
 
@@ -114,8 +118,7 @@ class RCPS(Method):
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         labelled, unlabelled = self._outputs(batch)
         terms = [self.supervised(labelled.original, batch.target)]
-        self.note_agreement(probabilities(unlabelled.original, self.context.regions).detach(),
-                            probabilities(unlabelled.views[0], self.context.regions))
+        self.note_agreement(unlabelled.probability, self._probability(unlabelled.views[0]))
         settings = self.settings
         pseudo = self._pseudo_supervision(labelled) + self._pseudo_supervision(unlabelled)
         terms.append(Term("pseudo_supervision", pseudo,
@@ -135,8 +138,12 @@ class RCPS(Method):
         for versions in (outputs[:1 + _VIEWS], outputs[1 + _VIEWS:]):
             logits = versions if self.projected is None else [single for single, _ in versions]
             features = [] if self.projected is None else [single for _, single in versions]
-            streams.append(_Versions(logits[0], logits[1:], features))
+            streams.append(_Versions(logits[0], self._probability(logits[0]), logits[1:], features))
         return streams[0], streams[1]
+
+    def _probability(self, output: Logits) -> torch.Tensor:
+        with torch.no_grad():
+            return probabilities(output, self.context.regions)
 
     def _views(self, number: int, image: torch.Tensor) -> torch.Tensor:
         """Intensity views (number, B, C, *spatial) of ``image`` (B, C, *spatial)."""
@@ -195,10 +202,8 @@ class RCPS(Method):
     def _voxels(self, versions: _Versions) -> Voxels:
         """Feature voxels of a stream's original version, with the class and certainty of its prediction."""
         features = versions.features[0]
-        with torch.no_grad():
-            full = probabilities(versions.original, self.context.regions)
-            pool: Callable = F.adaptive_avg_pool2d if features.ndim == 4 else F.adaptive_avg_pool3d
-            classes, confidence = class_codes(pool(full, features.shape[2:]), self.context.regions)
+        pool: Callable = F.adaptive_avg_pool2d if features.ndim == 4 else F.adaptive_avg_pool3d
+        classes, confidence = class_codes(pool(versions.probability, features.shape[2:]), self.context.regions)
         return Voxels.of(features, classes, confidence)
 
     # after a step

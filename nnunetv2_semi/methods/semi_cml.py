@@ -6,7 +6,7 @@ image segmentation", Medical Image Analysis 83, 2023, 102656.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar, Literal
@@ -192,8 +192,7 @@ class SemiCML(Method):
     def _relearning(self, batch: Batch, outputs: dict[str, Iterator]) -> Iterator[list[Term]]:
         """Stage 2: alpha L_ASC(p_t, p_m) + (1 - alpha)(L_CE + L_Dice), p_t the better modality's soft label."""
         better = self.better_modality()
-        teaching = [better] if self.settings.soft_label == "better" else self.names
-        soft_label = torch.stack([self._soft_label(batch, name) for name in teaching]).mean(0)
+        soft_label = self._soft_label(batch, [better] if self.settings.soft_label == "better" else self.names)
         for name in self._learners():
             logits = self._unlabelled_output(batch, name, outputs, together=False)
             predicted = probabilities(logits, self.context.regions)
@@ -215,19 +214,19 @@ class SemiCML(Method):
         joins_at = 1.0 - self.settings.self_relearning * (1.0 - self.settings.prel_start)
         return [name for name in self.names if name != self.better_modality() or self.progress >= joins_at]
 
-    def _soft_label(self, batch: Batch, name: str) -> torch.Tensor:
-        """Mean probability of a modality's teacher over noisy passes, dropout active."""
-        image = self.student.select(batch.unlabelled, name)
+    def _soft_label(self, batch: Batch, teaching: Sequence[str]) -> torch.Tensor:
+        """Mean probability of the teachers of ``teaching`` over noisy passes, dropout active."""
         noise, passes = self.settings.prel_noise, self.settings.prel_passes
-        teacher = self.teachers[self.names.index(name)]
-        mean = None
-        with torch.no_grad(), teacher.dropout_active():
-            for _ in range(passes):
-                # the paper's noise: clamp(0.1 N(0, 1), 0, 0.2), never negative
-                single = probabilities(teacher(with_noise(image, noise, 0.0, 2 * noise)), self.context.regions)
-                mean = single if mean is None else mean.add_(single)
-        assert mean is not None
-        return mean.div_(passes)
+        total = None
+        for name in teaching:
+            image, teacher = self.student.select(batch.unlabelled, name), self.teachers[self.names.index(name)]
+            with torch.no_grad(), teacher.dropout_active():
+                for _ in range(passes):
+                    # the paper's noise: clamp(0.1 N(0, 1), 0, 0.2), never negative
+                    single = probabilities(teacher(with_noise(image, noise, 0.0, 2 * noise)), self.context.regions)
+                    total = single if total is None else total.add_(single)
+        assert total is not None
+        return total.div_(passes * len(teaching))
 
     def _areas(self, *predicted: torch.Tensor) -> list[torch.Tensor]:
         """Foreground probabilities of the same areas in each prediction, (areas, C, *area)."""

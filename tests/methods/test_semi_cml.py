@@ -155,7 +155,7 @@ def test_soft_label_is_the_mean_of_the_noisy_passes_and_soft(small):
     method = make(small, prel_noise=0.1, prel_passes=4)
     batch = small.batch()
     torch.manual_seed(3)
-    soft = method._soft_label(batch, "m0")
+    soft = method._soft_label(batch, ["m0"])
     torch.manual_seed(3)
     singles = []
     for _ in range(4):
@@ -168,7 +168,7 @@ def test_soft_label_is_the_mean_of_the_noisy_passes_and_soft(small):
 def test_dropout_is_active_in_the_noisy_passes_and_only_there(small):
     method = make(small, dropout=0.5, prel_noise=0.0, prel_passes=1)
     batch = small.batch()
-    first, second = method._soft_label(batch, "m0"), method._soft_label(batch, "m0")
+    first, second = method._soft_label(batch, ["m0"]), method._soft_label(batch, ["m0"])
     assert not torch.allclose(first, second)
     image = batch.unlabelled[:, :1]
     assert torch.equal(method.teachers[0](image), method.teachers[0](image))
