@@ -19,6 +19,11 @@ def save_whole(checkpoint: Mapping[str, object], path: str) -> None:
         torch.save(checkpoint, unfinished)
 
 
+def snapshot_file(number: int) -> str:
+    """Name of the checkpoint kept on the way, counted from 1."""
+    return f"checkpoint_snapshot_{number}.pth"
+
+
 def our_part(method_state: Mapping[str, object], method_name: str, semi: Mapping[str, object],
              optimizer_states: list[dict]) -> dict[str, object]:
     """What continues a training besides nnU-Net's own entries.

@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
     "export": ("nnunetv2_semi.export", "write a model folder that runs without this package"),
     "link": ("nnunetv2_semi.link_command", "make the trainers visible to an editable or separate nnU-Net"),
+    "subset": ("nnunetv2_semi.benchmark.subset", "make data sets with fewer labels from a labelled one"),
     "unlink": ("nnunetv2_semi.unlink_command", "undo link"),
 }
 

@@ -17,6 +17,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from nnunetv2_semi import ends_with_parent
 from nnunetv2_semi.errors import UserError
 
 SHOWN_LOG_LINES = 25
@@ -53,15 +54,44 @@ def command_path(name: str) -> str:
 
 
 def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str], progress: Progress) -> float:
-    """Run a command with its output in a file and a progress bar where there is a terminal.
+    """Run a command with its output in a file, written anew, and a progress bar where there is a terminal.
 
     However this ends, the command and all processes it started have ended before.
 
+    Returns:
+        Seconds it took.
+
+    Raises:
+        CommandFailed: It returned non-zero.
+    """
+    log.unlink(missing_ok=True)
+    bar_format = None if progress.total else "{desc}{elapsed}"
+    with tqdm(
+        desc="  ", total=progress.total, unit=progress.unit, bar_format=bar_format, leave=False, disable=None
+    ) as bar:
+
+        def show() -> None:
+            bar.n = progress.done()
+            bar.refresh()
+
+        return run_watched(command, log, environment, show)
+
+
+def run_watched(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    while_running: Callable[[], None],
+    cores: Sequence[int] | None = None,
+) -> float:
+    """Run a command with its output appended to a file. It ends with this process, even if that is killed.
+
     Args:
         command: Program and arguments.
-        log: File for what it prints, written anew.
+        log: File for what it prints.
         environment: All its environment variables.
-        progress: Asked a few times per second.
+        while_running: Called a few times per second; what it raises ends the command and is raised.
+        cores: Processor cores to stay on (Linux); None leaves the choice to the system.
 
     Returns:
         Seconds it took.
@@ -70,27 +100,33 @@ def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str]
         CommandFailed: It returned non-zero.
     """
     started = time.monotonic()
-    bar_format = None if progress.total else "{desc}{elapsed}"
-    with log.open("wb") as output:
-        # A group of its own, so that the workers it starts can be ended with it.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            start_new_session=True,
-        )
+    guarded = list(command)
+    pipe: tuple[int, ...] = ()
+    if os.name == "posix":
+        pipe = os.pipe()
+        chosen = "all" if cores is None else ",".join(map(str, cores))
+        guarded = [sys.executable, ends_with_parent.__file__, str(pipe[0]), chosen, *command]
+    try:
+        with log.open("ab") as output:
+            # A group of its own, so that the workers it starts can be ended with it.
+            process = subprocess.Popen(
+                guarded,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+                pass_fds=pipe[:1],
+            )
         try:
-            with tqdm(
-                desc="  ", total=progress.total, unit=progress.unit, bar_format=bar_format, leave=False, disable=None
-            ) as bar:
-                while process.poll() is None:
-                    bar.n = progress.done()
-                    bar.refresh()
-                    time.sleep(POLL_SECONDS)
+            while process.poll() is None:
+                while_running()
+                time.sleep(POLL_SECONDS)
         finally:
             end_group(process)
+    finally:
+        for descriptor in pipe:
+            os.close(descriptor)
     if process.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         end = "\n".join(lines[-SHOWN_LOG_LINES:])

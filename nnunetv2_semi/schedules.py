@@ -1,4 +1,4 @@
-"""Ramps: pure functions of training progress, a fraction from 0 (first step) to 1 (last step)."""
+"""What depends on how far a training is: pure functions. Progress is a fraction from 0 (first step) to 1 (last)."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def sigmoid_ramp_up(progress: float, ramp_fraction: float = 1.0) -> float:
 def warmed_up_decay(updates: int, decay: float) -> float:
     """EMA decay after ``updates`` earlier updates: min(1 - 1 / (t + 1), decay), so that the first update copies."""
     return min(1.0 - 1.0 / (updates + 1), decay)
+
+
+def snapshot_after(epochs: int, num_epochs: int, snapshots: int) -> int | None:
+    """Number (from 1) of the snapshot due after so many epochs, None if none is.
+
+    ``snapshots`` of them and the end of training divide it into equal parts.
+    """
+    for number in range(1, snapshots + 1):
+        if epochs == round(num_epochs * number / (snapshots + 1)) and epochs < num_epochs:
+            return number
+    return None

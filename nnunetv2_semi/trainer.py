@@ -35,6 +35,7 @@ from nnunetv2_semi.methods.base import Batch, Context, Method
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.networks.stage_checkpoints import checkpoint_stages
+from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.step import TrainingStep
 
 _COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # what nnU-Net's validation step returns
@@ -83,6 +84,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._epoch_values = EpochValues()
         self._steps_in_epoch = 0
         self._restored = False
+        self._trained_here = False
         self._bar: tqdm | None = None
 
     # networks and optimisers
@@ -190,6 +192,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def run_training(self) -> None:
         """nnU-Net's loop; the loaders' processes end with it, however it ends."""
+        self._trained_here = True
         try:
             super().run_training()
         finally:
@@ -259,6 +262,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self._bar is not None:
             self._bar.close()
 
+    def on_epoch_end(self) -> None:
+        number = snapshot_after(self.current_epoch + 1, self.num_epochs, self.settings.snapshots)
+        if number is not None:
+            self.save_checkpoint(os.path.join(self.output_folder, checkpoints.snapshot_file(number)))
+        super().on_epoch_end()
+
     # validation
 
     @contextmanager
@@ -303,6 +312,9 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, of each part by itself into ``<fold>/<part>/validation``, then of the deployed one."""
+        if self._trained_here and not self.settings.final_validation:
+            self.print_to_log_file('No validation after training, as "final_validation" says.')
+            return
         for name, part in self.method.parts().items():
             self.print_to_log_file(f"Validation of {name} alone:")
             whole, self.output_folder = self.output_folder, os.path.join(self.output_folder, folder_name(name))

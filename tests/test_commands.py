@@ -1,14 +1,20 @@
 """Child processes: watched, logged, and never left behind."""
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from nnunetv2_semi import commands
 from nnunetv2_semi.commands import CommandFailed, Progress, command_path, finished_epochs, run_logged
 from nnunetv2_semi.errors import UserError
+
+T = TypeVar("T")
 
 
 def test_command_beside_the_interpreter_wins_over_the_search_path(
@@ -55,3 +61,63 @@ def test_failure_tells_exit_code_and_the_last_lines(tmp_path: Path) -> None:
         run_logged([sys.executable, "-c", script], tmp_path / "log.txt", os.environ, Progress())
     assert "late" in str(failure.value)
     assert "early" not in str(failure.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_command_and_its_workers_end_when_this_process_is_killed(tmp_path: Path) -> None:
+    worker = "import time; time.sleep(100)"
+    command = (f"import os, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {worker!r}]); "
+               f"print(os.getpid(), child.pid, flush=True); time.sleep(100)")
+    log = tmp_path / "log.txt"
+    parent = subprocess.Popen([sys.executable, "-c", f"""
+import os, sys
+from pathlib import Path
+from nnunetv2_semi.commands import run_watched
+run_watched([sys.executable, "-c", {command!r}], Path({str(log)!r}), os.environ, lambda: None)
+"""], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        pids = wait_for(lambda: log.exists() and log.read_text().split())
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in pids))
+
+
+def test_the_watcher_can_end_a_command_and_logs_are_appended(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    command = [sys.executable, "-c", "import time; print('started', flush=True); time.sleep(100)"]
+
+    def stop() -> None:
+        if "started" in log.read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commands.run_watched(command, log, os.environ, stop)
+    assert log.read_text().startswith("before\nstarted")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this system")
+def test_a_command_stays_on_its_cores(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    log = tmp_path / "log.txt"
+    commands.run_watched([sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"], log, os.environ,
+                         lambda: None, cores=[core])
+    assert log.read_text().strip() == str({core})
+
+
+def wait_for(condition: Callable[[], T]) -> T:
+    for _ in range(200):
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited for 20 s")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nnunetv2_semi.schedules import sigmoid_ramp_up, warmed_up_decay
+from nnunetv2_semi.schedules import sigmoid_ramp_up, snapshot_after, warmed_up_decay
 
 
 @pytest.mark.parametrize("progress, fraction, expected", [
@@ -23,3 +23,11 @@ def test_ramp_up_refuses_a_negative_length():
 ])
 def test_decay_warms_up(updates, decay, expected):
     assert warmed_up_decay(updates, decay) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_epochs, snapshots, expected", [
+    (9, 2, {3: 1, 6: 2}), (10, 2, {3: 1, 7: 2}), (10, 0, {}), (2, 1, {1: 1}), (1, 2, {}),
+])
+def test_snapshots_divide_training_into_equal_parts(num_epochs, snapshots, expected):
+    found = {epochs: snapshot_after(epochs, num_epochs, snapshots) for epochs in range(1, num_epochs + 1)}
+    assert {epochs: number for epochs, number in found.items() if number is not None} == expected

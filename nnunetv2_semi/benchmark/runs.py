@@ -13,12 +13,12 @@ Role = Literal["method", "control", "upper bound"]
 class PredictedRun:
     """Predictions of one training for the test cases, in the images' own space.
 
-    dataset: name, for instance Dataset511_Hippocampus. group: data sets with the same group have the same test cases and
-    differ in how many training cases are labelled. labelled: how many are, None if unknown. method: name shown in
-    tables. seed, fold: of the training; None for predictions that other tools made. predictions: folder with one file a
-    case, named as in ``truth`` (the labelsTs folder). images: the imagesTs folder, None if there is none.
-    dataset_json: the file with labels, channel names and file ending. model: nnU-Net's fold folder (checkpoint_final.pth
-    and logs lie there), None for predictions of other tools. training_seconds: wall time of the training.
+    dataset: name, for instance Dataset511_Hippocampus. group: data sets with the same group have the same test cases
+    and differ in how many training cases are labelled. labelled: how many are, None if unknown. method: name shown in
+    tables. seed, fold: of the training; None for predictions that other tools made. predictions: folder with one file
+    a case, named as in ``truth`` (the labelsTs folder). images: the imagesTs folder, None if there is none.
+    dataset_json: the file with labels, channel names and file ending. model: nnU-Net's fold folder (with
+    checkpoint_final.pth and logs), None for predictions of other tools. training_seconds: wall time of the training.
     """
 
     dataset: str

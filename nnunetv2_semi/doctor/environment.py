@@ -16,7 +16,7 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
 
 TRAINERS = ("nnUNetTrainerSemiCML", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
-            "nnUNetTrainerSemiSupervised")
+            "nnUNetTrainerSemiStock", "nnUNetTrainerSemiSupervised")
 PLANNING = ("nnUNetPlannerSemi", "nnUNetPlannerSemiCPU", "nnUNetFingerprintExtractorSemi")
 PREPROCESSING = ("nnUNetPreprocessorSemi",)
 FOLDER_VARIABLES = {

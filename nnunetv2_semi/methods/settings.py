@@ -26,6 +26,8 @@ class Settings:
         (faster, more memory), "auto" joins as many as the plan has room for (planned_graphs).
     planned_graphs: network graphs that fit in memory at once; written by nnUNetPlannerSemi, 1 for stock plans.
     gradient_checkpointing: recompute what is within a stage of a network for its gradient (less memory, slower).
+    final_validation: after training, nnU-Net's prediction of the fold's validation cases; `--val` makes up for it.
+    snapshots: checkpoints kept on the way, at equal distances: checkpoint_snapshot_1.pth and so on.
     pictures: epochs of which pictures.png shows a validation patch, spread evenly over training; 0: no picture.
     skip_unreadable: leave unreadable unlabelled cases out with a warning instead of stopping.
     max_skipped_steps: so many steps in a row with a non-finite loss stop training.
@@ -45,6 +47,8 @@ class Settings:
     arrangement: Literal["auto", "sequential", "one_pass"] = "auto"
     planned_graphs: int = 1
     gradient_checkpointing: bool = False
+    final_validation: bool = True
+    snapshots: int = 0
     pictures: int = 3
     skip_unreadable: bool = False
     max_skipped_steps: int = 50
@@ -54,7 +58,7 @@ class Settings:
     def __post_init__(self) -> None:
         at_least = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "save_every": 1,
                     "planned_graphs": 1, "max_skipped_steps": 1, "unlabelled_weight": 0, "seed": 0, "pictures": 0,
-                    "unlabelled_batch_size": 1}
+                    "snapshots": 0, "unlabelled_batch_size": 1}
         for name, lowest in at_least.items():
             self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
         self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi import checkpoints
 from nnunetv2_semi.errors import UserError
@@ -179,6 +180,44 @@ def test_log_names_every_term_with_its_weight(tools, workspace):
     text = Path(trainer.log_file).read_text()
     assert "asc " in text and "(weight 0.1000)" in text
     assert (Path(trainer.output_folder) / "progress.png").stat().st_size > 10_000
+
+
+def test_snapshots_are_kept_and_are_models_of_their_own(tools, workspace):
+    tools.set_semi(workspace, snapshots=2)
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    kept = [tools.load(folder / f"checkpoint_{name}.pth") for name in ("snapshot_1", "snapshot_2", "final")]
+    assert [checkpoint["current_epoch"] for checkpoint in kept[:2]] == [1, 2]
+    assert kept[0]["network_weights"].keys() == kept[2]["network_weights"].keys()
+    assert not same(kept[0]["network_weights"], kept[1]["network_weights"])
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiStock"])
+def test_final_validation_can_wait(tools, workspace, name):
+    tools.set_semi(workspace, final_validation=False, num_epochs=1)
+    trainer = tools.trainer(workspace, name)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert not (Path(trainer.output_folder) / "validation" / "summary.json").exists()
+    later = tools.trainer(workspace, name)  # as with --val
+    later.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+    later.perform_actual_validation()
+    assert (Path(trainer.output_folder) / "validation" / "summary.json").exists()
+
+
+def test_stock_trainer_has_nnunets_step_and_the_length_of_the_plan(tools, workspace):
+    tools.set_semi(workspace, num_epochs=2, initial_lr=0.05, momentum=0.9)
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiStock")
+    trainer.run_training()
+    assert trainer.current_epoch == 2 and trainer.optimizer.defaults["nesterov"]
+    assert trainer.optimizer.param_groups[0]["momentum"] == 0.9
+    assert type(trainer).train_step is nnUNetTrainer.train_step
+    assert type(trainer).get_dataloaders is nnUNetTrainer.get_dataloaders
+    start = [tools.trainer(workspace, "nnUNetTrainerSemiStock") for _ in range(2)]
+    for each in start:
+        each.initialize()
+    assert same(*(each.network.state_dict() for each in start))
 
 
 def test_checkpoint_of_another_trainer_is_refused(tools, workspace):

@@ -1,0 +1,55 @@
+"""nnU-Net's own trainer with the length, learning rate and seed of a study: the reference that is not ours."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnunetv2_semi import training_data
+from nnunetv2_semi.methods.settings import Settings, settings_from_plan
+
+
+class nnUNetTrainerSemiStock(nnUNetTrainer):
+    """nnU-Net's loader, augmentation, loss and step. Of the ``"semi"`` object: num_epochs, num_iterations_per_epoch,
+    num_val_iterations_per_epoch, save_every, initial_lr, momentum, deep_supervision, seed, final_validation.
+
+    Its worker processes draw patches unseeded, so a seed decides the initial weights alone.
+    """
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = settings_from_plan(Settings, self.configuration_manager.configuration.get("semi", {}), "Stock")
+        self.num_epochs = self.settings.num_epochs
+        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
+        self.save_every = self.settings.save_every
+        self.initial_lr = self.settings.initial_lr
+        self.enable_deep_supervision = self.settings.deep_supervision
+        self._trained_here = False
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(self.settings.seed)
+
+    def configure_optimizers(self) -> tuple[Optimizer, LRScheduler]:
+        optimizer, schedule = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["momentum"] = self.settings.momentum
+            group["nesterov"] = self.settings.momentum > 0
+        return optimizer, schedule
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        training_data.write_small_split(self)
+        return super().do_split()
+
+    def run_training(self) -> None:
+        self._trained_here = True
+        super().run_training()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        if self.settings.final_validation or not self._trained_here:
+            super().perform_actual_validation(save_probabilities)
