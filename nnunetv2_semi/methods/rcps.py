@@ -40,8 +40,8 @@ class RCPSSettings(BaseSettings):
     negatives ("confident", or "random" ones of another class), max_anchors (voxels a stream that are anchors, drawn
     anew each step; None: all), negatives_from_all_processes (with several GPUs), buffer_steps (earlier steps whose
     negatives are kept), projection_channels, projection_resolution (patch voxels per feature voxel along an axis).
-    Views: view_scale, view_shift, view_noise, view_noise_probability (see `IntensityViews.draw`), view_shift_by ("std",
-    or the paper's "mean", which does nothing to z-scored images).
+    Views: view_gamma (the paper's: 0), view_scale, view_shift, view_noise, view_noise_probability (see
+    `IntensityViews.draw`), view_shift_by ("std", or the paper's "mean", which does nothing to z-scored images).
     ramp_fraction: share of training over which both weights ramp up.
     """
 
@@ -60,6 +60,7 @@ class RCPSSettings(BaseSettings):
     buffer_steps: int = 0
     projection_channels: int = 64
     projection_resolution: int = 4
+    view_gamma: float = 1.0
     view_scale: float = 0.5
     view_shift: float = 0.5
     view_shift_by: Literal["std", "mean"] = "std"
@@ -73,7 +74,8 @@ class RCPSSettings(BaseSettings):
             self.require(name, getattr(self, name) > 0, "greater than 0")
         for name in ("num_negatives", "projection_channels", "projection_resolution"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("pseudo_weight", "contrast_weight", "buffer_steps", "view_scale", "view_shift", "view_noise"):
+        for name in ("pseudo_weight", "contrast_weight", "buffer_steps", "view_gamma", "view_scale", "view_shift",
+                     "view_noise"):
             self.require(name, getattr(self, name) >= 0, "at least 0")
         self.require("max_anchors", self.max_anchors is None or self.max_anchors >= 1, "at least 1, or null")
 
@@ -149,7 +151,7 @@ class RCPS(Method):
         """Intensity views (number, B, C, *spatial) of ``image`` (B, C, *spatial)."""
         settings = self.settings
         drawn = IntensityViews.draw(number, image, settings.view_scale, settings.view_shift, settings.view_noise,
-                                    settings.view_noise_probability)
+                                    settings.view_noise_probability, settings.view_gamma)
         return drawn.apply(image, settings.view_shift_by)
 
     def _pseudo_supervision(self, versions: _Versions) -> torch.Tensor:

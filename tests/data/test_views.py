@@ -50,3 +50,39 @@ def test_the_views_of_a_patch_do_not_depend_on_what_else_is_in_the_batch():
     changed = image.clone()
     changed[0] *= 10
     assert torch.equal(drawn.apply(image)[:, 1:], drawn.apply(changed)[:, 1:])
+
+
+def test_a_gamma_curve_keeps_the_ends_and_bends_between_them():
+    image = images(2, 2, 6, 6, 6)
+    gamma = torch.tensor([[[2.0, 0.5], [1.0, 1.0]]])
+    drawn = IntensityViews(torch.ones(1, 2, 2), torch.zeros(1, 2, 2), torch.zeros(1, 2), 0, gamma)
+    view = drawn.apply(image)[0]
+    for patch, channel in ((0, 0), (0, 1), (1, 0)):
+        x, exponent = image[patch, channel], float(gamma[0, patch, channel])
+        expected = x.min() + (x.max() - x.min()) * ((x - x.min()) / (x.max() - x.min())) ** exponent
+        assert torch.allclose(view[patch, channel], expected, atol=1e-5)
+    constant = torch.full((1, 1, 4, 4), 3.0)
+    drawn = IntensityViews.draw(1, constant, 0, 0, 0, gamma=1.0)
+    assert torch.allclose(drawn.apply(constant), constant)
+
+
+def test_exponents_are_symmetric_in_their_logarithm():
+    gamma = IntensityViews.draw(50, images(10, 2, 4, 4), gamma=1.0).gamma
+    assert 0.5 <= gamma.min() < 0.52 and 1.92 < gamma.max() <= 2
+    assert abs(gamma.log().mean()) < 0.05
+    assert IntensityViews.draw(1, images(1, 1, 4, 4)).gamma is None
+
+
+def test_instance_normalisation_undoes_scale_and_shift_but_not_gamma():
+    """Why there is a gamma curve: a network's first layers would not notice the paper's views of one channel."""
+    convolution = torch.nn.Conv3d(1, 4, 3)  # without padding: borders alone tell a shift
+    image, norm = images(1, 1, 9, 9, 9), torch.nn.InstanceNorm3d(4)
+    seen = norm(convolution(image))
+
+    def change(scale: float, shift: float, gamma: float) -> float:
+        one = torch.ones(1, 1, 1)
+        view = IntensityViews(scale * one, shift * one, torch.zeros(1, 1), 0, gamma * one).apply(image)[0]
+        return float((norm(convolution(view)) - seen).abs().mean().detach())
+
+    assert change(1.5, 0.5, 1.0) < 1e-3
+    assert change(1.0, 0.0, 2.0) > 0.05
