@@ -66,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, all trainers in each (default: 3)")
     parser.add_argument("--shape", type=int, nargs=3, default=(32, 40, 32), help="of the phantom's images, voxels")
+    parser.add_argument("--features", type=int, default=8, metavar="N",
+                        help="of the networks' first stage (default: 8, the CPU preset's; nnU-Net's: 32)")
     parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="TRAINER", choices=list(VARIANTS),
                         help="trainers beside nnU-Net's own (default: all of " + ", ".join(VARIANTS) + ")")
     arguments = parser.parse_args(argv)
     chosen = [STOCK, *(name for name in arguments.only if name != STOCK)]
     with phantom(2, 1, tuple(arguments.shape), arguments.seed) as data:
-        plans = data.plan(nnUNetPlannerSemiCPU)
+        plans = data.plan(nnUNetPlannerSemiCPU, base_features=arguments.features)
         trainers = {name: ready(data.trainer(VARIANTS[name].method, plans, VARIANTS[name].semi)) for name in chosen}
         patch = tuple(trainers[STOCK].configuration_manager.patch_size)
         batches = {name: random_batch(trainer, patch, arguments.seed) for name, trainer in trainers.items()}
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                             arguments.rounds)
     cost = {name: count.forward + 2 * count.backward for name, count in passes.items()}
     stock = times[STOCK]
-    print(f"{machine()}, {torch.get_num_threads()} threads, patch {list(patch)}, batch size "
+    print(f"{machine()}, {torch.get_num_threads()} threads, patch {list(patch)}, "
+          f"{arguments.features} features, batch size "
           f"{trainers[STOCK].batch_size}, {arguments.rounds} rounds, seed {arguments.seed}\n")
     print(table(["trainer", "forward", "backward", "passes", "wall time", "CPU time", "CPU time per pass"],
                 [[name, f"{passes[name].forward:g}", f"{passes[name].backward:g}", cost[name] / cost[STOCK],

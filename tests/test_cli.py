@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_help_lists_every_command_without_importing_torch(tmp_path: Path) -> Non
         "print('TORCH' if 'torch' in sys.modules or 'nnunetv2' in sys.modules else 'LIGHT')"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert all(f"\n    {name} " in result.stdout for name in cli.COMMANDS)
+    assert all(re.search(rf"^    {name}\s", result.stdout, re.MULTILINE) for name in cli.COMMANDS)
     assert result.stdout.rstrip().endswith("LIGHT")
 
 
