@@ -21,11 +21,15 @@ from torch import nn
 import nnunetv2_semi
 from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
 from nnunetv2_semi.methods.base import Batch, Context
+from nnunetv2_semi.methods.bcp import BCP
+from nnunetv2_semi.methods.cps import CPS
+from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
 from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
+from nnunetv2_semi.methods.uamt import UAMT
 from nnunetv2_semi.step import TrainingStep
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
@@ -123,7 +127,8 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("heading, method", [("All trainers", Supervised), ("`SemiCML`", SemiCML),
-                                             ("`MeanTeacher`", MeanTeacher), ("`RCPS`", RCPS)])
+                                             ("`MeanTeacher`", MeanTeacher), ("`RCPS`", RCPS), ("`UAMT`", UAMT),
+                                             ("`FixMatch`", FixMatch), ("`CPS`", CPS), ("`BCP`", BCP)])
 def test_settings_tables_list_every_setting_with_its_default(heading, method):
     common = {f.name for f in dataclasses.fields(Settings)}
     fields = {f.name: f.default for f in dataclasses.fields(method.Settings)
@@ -137,7 +142,7 @@ def test_settings_shown_are_accepted(page):
     block = next(block for block in code_blocks(page, "json") if '"3d_fullres"' in block)
     shown = json.loads("{" + block + "}")
     semi = shown.get("configurations", shown)["3d_fullres"]["semi"]
-    for method in (Supervised, SemiCML, MeanTeacher, RCPS):
+    for method in (Supervised, SemiCML, MeanTeacher, RCPS, UAMT, FixMatch, CPS, BCP):
         settings = settings_from_plan(method.Settings, semi, method.name)
         assert settings.num_epochs == semi["num_epochs"] != Settings.num_epochs
 

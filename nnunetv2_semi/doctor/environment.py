@@ -15,8 +15,8 @@ from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
 
-TRAINERS = ("nnUNetTrainerSemiCML", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
-            "nnUNetTrainerSemiStock", "nnUNetTrainerSemiSupervised")
+TRAINERS = tuple(f"nnUNetTrainerSemi{name}" for name in (
+    "BCP", "CML", "CPS", "FixMatch", "MeanTeacher", "RCPS", "Stock", "Supervised", "UAMT"))
 PLANNING = ("nnUNetPlannerSemi", "nnUNetPlannerSemiCPU", "nnUNetFingerprintExtractorSemi")
 PREPROCESSING = ("nnUNetPreprocessorSemi",)
 FOLDER_VARIABLES = {

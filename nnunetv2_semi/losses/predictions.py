@@ -14,6 +14,11 @@ def full_resolution(output: Logits) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def all_scales(output: Logits) -> list[torch.Tensor]:
+    """All of a network's deep-supervision outputs, finest first, or the output itself, as a list."""
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
 def single_precision(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in float32 if it is of half precision, else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nnunetv2_semi.data.views import with_noise
+from nnunetv2_semi.losses.consistency import mean_squared_difference
 from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
@@ -48,10 +49,15 @@ class MeanTeacher(Method):
         passes = self.passes(self.student, batch.labelled, with_noise(batch.unlabelled, noise))
         yield [self.supervised(next(passes), batch.target)]
         teacher = probabilities(self.teacher(with_noise(batch.unlabelled, noise)), regions)
+        counted = self.counted(batch.unlabelled)
         student = probabilities(next(passes), regions)
         self.note_agreement(teacher, student)
         weight = self.unlabelled_weight(self.settings.consistency_weight, self.settings.ramp_fraction)
-        yield [Term("consistency", torch.mean((student - teacher) ** 2), weight)]
+        yield [Term("consistency", mean_squared_difference(student, teacher, counted), weight)]
+
+    def counted(self, image: torch.Tensor) -> torch.Tensor | None:
+        """Voxels of unlabelled patches (B, C, *spatial) at which consistency counts, see `mean_squared_difference`."""
+        return None
 
     def after_step(self) -> None:
         self.teacher.update()

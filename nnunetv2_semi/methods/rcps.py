@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunetv2_semi.data.views import IntensityViews
-from nnunetv2_semi.losses.predictions import Logits, class_codes, full_resolution, probabilities
+from nnunetv2_semi.losses.predictions import Logits, all_scales, class_codes, full_resolution, probabilities
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     PseudoTarget,
     cosine_consistency,
@@ -157,8 +157,8 @@ class RCPS(Method):
     def _pseudo_supervision(self, versions: _Versions) -> torch.Tensor:
         """L_rp = L_urp(view 1) + L_urp(view 2) + L_cr, summed over the network's outputs with nnU-Net's weights."""
         total: torch.Tensor | float = 0.0
-        views = [_scales(view) for view in versions.views]
-        originals, settings = _scales(versions.original), self.settings
+        views = [all_scales(view) for view in versions.views]
+        originals, settings = all_scales(versions.original), self.settings
         for scale, (weight, original) in enumerate(zip(self.context.scale_weights, originals, strict=True)):
             if weight == 0:
                 continue
@@ -226,7 +226,3 @@ class RCPS(Method):
         certainty = torch.exp(-divergence(second, PseudoTarget.from_logits(first)))
         # of regions the least certain one
         return {"pseudo-label": original, "prediction of a view": view}, {"e^-D": certainty.amin(0, keepdim=True)}
-
-
-def _scales(output: Logits) -> list[torch.Tensor]:
-    return [output] if isinstance(output, torch.Tensor) else list(output)

@@ -17,12 +17,17 @@ KINDS = {
 }
 TRAINERS = ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
             "nnUNetTrainerSemiCML"]
+BASELINES = ["nnUNetTrainerSemiUAMT", "nnUNetTrainerSemiFixMatch", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP"]
 
 
 def train_all(tools, workspace, configuration, **semi):
-    tools.set_semi(workspace, **semi)
     dataset_json = json.loads((tools.plans_path(workspace).parent / "dataset.json").read_text())
-    for name in TRAINERS[: 3 if len(dataset_json["channel_names"]) == 1 else 4]:
+    train(tools, workspace, configuration, TRAINERS[: 3 if len(dataset_json["channel_names"]) == 1 else 4], **semi)
+
+
+def train(tools, workspace, configuration, trainers, **semi):
+    tools.set_semi(workspace, **semi)
+    for name in trainers:
         trainer = tools.trainer(workspace, name, configuration)
         trainer.run_training()
         log = trainer.logger.local_logger.my_fantastic_logging
@@ -54,3 +59,12 @@ def test_2d_and_settings_of_the_network(tools, tmp_path, monkeypatch):
 def test_2d_images(tools, tmp_path, monkeypatch):
     tools.prepare(tmp_path / "w", "2d", monkeypatch, shape=(24, 20), file_ending=".png", channels=2)
     train_all(tools, tmp_path / "w", "2d", SemiCML={"prel_start": 0.5})
+
+
+@pytest.mark.parametrize("configuration, kind", [
+    ("3d_fullres", {"shape": (16, 16, 16), "regions": True, "ignore_label": True}),
+    ("2d", {"shape": (12, 20, 16), "channels": 1})])
+def test_baselines(tools, tmp_path, monkeypatch, configuration, kind):
+    """Two kinds; tests/methods/test_baselines.py has all of them, without the trainer."""
+    tools.prepare(tmp_path / "w", configuration, monkeypatch, **kind)
+    train(tools, tmp_path / "w", configuration, BASELINES, BCP={"pretrain_fraction": 0.5})

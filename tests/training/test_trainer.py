@@ -34,9 +34,10 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML",
-                                  "nnUNetTrainerSemiRCPS"])
+                                  "nnUNetTrainerSemiRCPS", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP"])
 def test_continued_training_ends_with_the_same_weights(tools, workspace, name):
-    tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5}, RCPS={"buffer_steps": 2})
+    tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5}, RCPS={"buffer_steps": 2},
+                   BCP={"pretrain_fraction": 0.3})
     whole = tools.trainer(workspace, name)
     whole.run_training()
 

@@ -1,0 +1,59 @@
+"""UAMT: Mean Teacher where the teacher is certain.
+
+Source: Yu et al., "Uncertainty-aware self-ensembling model for semi-supervised 3D left atrium segmentation", MICCAI
+2019.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from nnunetv2_semi.data.views import with_noise
+from nnunetv2_semi.losses.consistency import predictive_entropy
+from nnunetv2_semi.losses.predictions import probabilities
+from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.schedules import sigmoid_ramp_up
+
+
+@dataclass(frozen=True)
+class UAMTSettings(MeanTeacherSettings):
+    """Besides Mean Teacher's, of which ramp_fraction ramps the threshold too: passes (of the teacher, for its
+    uncertainty), threshold (entropy below which a voxel counts, at the start, in units of its maximum; it ramps up to
+    1)."""
+
+    deploy: Literal["teacher", "student"] = "student"
+    passes: int = 8
+    threshold: float = 0.75
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("passes", self.passes >= 1, "at least 1")
+        self.require("threshold", 0 <= self.threshold <= 1, "between 0 and 1")
+
+
+class UAMT(MeanTeacher):
+    """Supervised loss + w(t) mean (p - p')^2 over voxels at which the entropy of the teacher's mean probability over
+    several passes, with noise on the input and dropout where the network has any, is below (0.75 + 0.25 ramp(t)) log K.
+    """
+
+    name: ClassVar[str] = "UAMT"
+    Settings: ClassVar[type[BaseSettings]] = UAMTSettings
+    settings: UAMTSettings
+
+    def counted(self, image: torch.Tensor) -> torch.Tensor:
+        settings, regions = self.settings, self.context.regions
+        total: torch.Tensor | float = 0.0
+        with self.teacher.dropout_active():
+            for _ in range(settings.passes):
+                total = total + probabilities(self.teacher(with_noise(image, settings.noise)), regions)
+        mean = torch.as_tensor(total) / settings.passes
+        ramp = sigmoid_ramp_up(self.progress, settings.ramp_fraction)
+        threshold = settings.threshold + (1 - settings.threshold) * ramp
+        certain = predictive_entropy(mean, regions) < threshold * math.log(2 if regions else mean.shape[1])
+        self.metrics["unlabelled_voxels_used"] = certain.float().mean()
+        return certain

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from nnunetv2_semi.data.boxes import Boxes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("patch, size", [((9, 6), (6, 4)), ((12, 3, 5), (8, 2, 3)), ((1, 8), (1, 5))])
+def test_a_box_is_solid_of_the_asked_size_and_where_it_says(patch, size):
+    boxes = Boxes.draw(5, patch, 0.667)
+    inside = boxes.inside(CPU)
+    assert inside.shape == (5, 1, *patch)
+    for first, single in zip(boxes.first.tolist(), inside[:, 0], strict=True):
+        expected = torch.zeros(patch, dtype=torch.bool)
+        expected[tuple(slice(start, start + side) for start, side in zip(first, size, strict=True))] = True
+        assert torch.equal(single, expected)
+
+
+def test_boxes_reach_every_place_and_are_replayable():
+    first = Boxes.draw(500, (6, 4), 0.5).first
+    assert first.amin(0).tolist() == [0, 0] and first.amax(0).tolist() == [3, 2]
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(Boxes.draw(4, (6, 5, 4), 0.5))
+    assert torch.equal(drawn[0].first, drawn[1].first)
+    assert torch.equal(drawn[0].inside(CPU), drawn[0].inside(CPU))
+
+
+def test_no_box_and_a_box_of_everything():
+    assert not Boxes.draw(2, (4, 5), 0.0).inside(CPU).any()
+    assert Boxes.draw(2, (4, 5), 1.0).inside(CPU).all()

@@ -1,0 +1,45 @@
+import itertools
+
+import pytest
+import torch
+
+from nnunetv2_semi.data.largest_component import largest_components
+
+
+def flooded(mask, start):
+    """Voxels connected with ``start``, over corners too."""
+    found, edge = {start}, [start]
+    while edge:
+        voxel = edge.pop()
+        for step in itertools.product((-1, 0, 1), repeat=mask.ndim):
+            other = tuple(a + b for a, b in zip(voxel, step, strict=True))
+            inside = all(0 <= a < n for a, n in zip(other, mask.shape, strict=True))
+            if inside and other not in found and mask[other]:
+                found.add(other)
+                edge.append(other)
+    return found
+
+
+@pytest.mark.parametrize("shape, channels", [((9, 11), 1), ((5, 6, 7), 1), ((9, 11), 3)])
+def test_what_stays_is_the_largest_component_of_each_label(shape, channels):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2 if channels > 1 else 4, (2, channels, *shape))
+    labels[torch.rand(labels.shape) < 0.7] = 0
+    given = labels.clone()
+    kept = largest_components(labels)
+    assert torch.equal(labels, given) and kept.dtype == labels.dtype
+    for before, after in zip(labels.flatten(0, 1), kept.flatten(0, 1), strict=True):
+        assert (after[after > 0] == before[after > 0]).all()
+        for label in range(1, 4):
+            components = [flooded(before == label, tuple(v)) for v in (before == label).nonzero().tolist()]
+            stayed = {tuple(v) for v in (after == label).nonzero().tolist()}
+            assert stayed == max(components, key=len, default=set()) or len(stayed) == max(map(len, components))
+
+
+def test_a_map_without_foreground_and_one_without_islands_stay():
+    labels = torch.zeros(1, 1, 5, 5, dtype=torch.long)
+    assert torch.equal(largest_components(labels), labels)
+    labels[0, 0, 1, 1] = labels[0, 0, 2, 2] = 3
+    assert torch.equal(largest_components(labels), labels)
+    labels[0, 0, 4, 4] = 3
+    assert largest_components(labels)[0, 0, 4, 4] == 0
