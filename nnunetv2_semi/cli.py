@@ -13,6 +13,7 @@ from nnunetv2_semi.errors import UserError
 
 # name: (module with add_arguments(parser) and run(args) -> exit status, help)
 COMMANDS = {
+    "benchmark": ("nnunetv2_semi.benchmark.command", "run a study of several trainers, and report on it"),
     "demo": ("nnunetv2_semi.demo", "make a phantom data set, train on it and compare, in a few minutes on a CPU"),
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
     "export": ("nnunetv2_semi.export", "write a model folder that runs without this package"),
