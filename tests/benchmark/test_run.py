@@ -1,0 +1,182 @@
+"""A study through the command: killed and begun again, with a trainer that fails, on this machine and on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_semi.benchmark.local_pool import check_devices
+from nnunetv2_semi.benchmark.preparation import prepare
+from nnunetv2_semi.benchmark.study import read_study
+from nnunetv2_semi.errors import UserError
+
+FAILING = '''
+from nnunetv2_semi.stock_trainer import nnUNetTrainerSemiStock
+
+
+class nnUNetTrainerThatFails(nnUNetTrainerSemiStock):
+    def train_step(self, batch):
+        raise RuntimeError("on purpose")
+'''
+STUDY = """
+datasets: [1]
+trainers:
+  - nnUNetTrainerSemiSupervised
+  - nnUNetTrainerSemiMeanTeacher
+  - nnUNetTrainerThatFails
+planner: nnUNetPlannerSemiCPU
+seeds: [0]
+test_time_mirroring: false
+settings: {num_epochs: 4, num_iterations_per_epoch: 1, num_val_iterations_per_epoch: 1, save_every: 1, pictures: 0}
+cluster: {executor: local, device: cpu, timeout_min: 10}
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    from nnunetv2_semi.data.phantom import make_phantom_dataset
+
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "trainers"):
+        (folder / name).mkdir()
+    make_phantom_dataset(folder / "nnUNet_raw", 1, "Phantom", labelled=3, unlabelled=2, test=1, shape=(16, 20, 16))
+    (folder / "trainers" / "nnUNetTrainerThatFails.py").write_text(FAILING)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def planned(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workspace, planned, with nnU-Net's variables in this process."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(workspace / name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(workspace / "trainers"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    if not list((workspace / "nnUNet_preprocessed").glob("*/nnUNetSemiCPUPlans.json")):
+        (workspace / "planned.yaml").write_text(STUDY)
+        prepare(read_study(workspace / "planned.yaml"))
+    return workspace
+
+
+def start(workspace: Path, *arguments: str) -> subprocess.Popen[str]:
+    folders = {name: str(workspace / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "nnunetv2_semi.cli", "benchmark", *arguments], text=True, cwd=workspace,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, **folders, "nnUNet_extTrainer": str(workspace / "trainers"), "nnUNet_def_n_proc": "1",
+             "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def output_of(workspace: Path, *arguments: str) -> tuple[int, str]:
+    process = start(workspace, *arguments)
+    try:
+        text, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def processes_of(workspace: Path) -> list[str]:
+    lines = subprocess.run(["ps", "-eo", "args"], text=True, capture_output=True, check=True).stdout.splitlines()
+    return [line for line in lines if "nnUNetv2_" in line and "_study_" in line]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace):
+    (workspace / "study.yaml").write_text(STUDY)
+    logs = workspace / "study" / "runs"
+    killed = start(workspace, "run", "study.yaml", "--devices", "cpu")
+    try:
+        wait_for(lambda: any("Epoch 2" in log.read_text() for log in logs.glob("*/training.log")) or
+                 killed.poll() is not None)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        text, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, text
+    wait_for(lambda: not processes_of(workspace), 20)
+
+    code, text = output_of(workspace, "run", "study.yaml", "--devices", "cpu", "cpu")
+    assert code == 1 and "2 of 3 trainings finished" in text, text
+    assert "FAILED: Dataset001_Phantom__ThatFails" in text.replace("nnUNetTrainer", "") and "on purpose" in text
+    records = {file.parent.name: json.loads(file.read_text()) for file in logs.glob("*/run.json")}
+    assert sorted(record["state"] for record in records.values()) == ["failed", "finished", "finished"]
+    first = next(logs.glob("*Supervised*"))
+    assert "Epoch 0" in (first / "training.log").read_text() and list((first / "predictions").glob("*.nii.gz"))
+    assert records[first.name]["labelled"] == 3 and records[first.name]["training_seconds"] > 0
+    finished = {file: file.stat().st_mtime_ns for file in workspace.rglob("checkpoint_final.pth")}
+    assert len(finished) == 2
+
+    (workspace / "trainers" / "nnUNetTrainerThatFails.py").write_text(FAILING.replace("raise", "pass  #").replace(
+        'RuntimeError("on purpose")', "mended\n        return super().train_step(batch)"))
+    code, text = output_of(workspace, "run", "study.yaml", "--devices", "cpu")
+    assert code == 0 and "3 trainings in" in text and "1 to do" in text, text
+    assert all(file.stat().st_mtime_ns == time_ for file, time_ in finished.items())
+    assert output_of(workspace, "status", "study.yaml")[0] == 0
+
+    # what was done with other settings is not mixed with what would be done now
+    (workspace / "study.yaml").write_text(STUDY.replace("num_epochs: 4", "num_epochs: 5"))
+    code, text = output_of(workspace, "run", "study.yaml", "--devices", "cpu")
+    assert code == 1 and "3 trainings of the study were begun with other settings" in text
+
+
+def test_on_a_cluster(workspace):
+    pytest.importorskip("submitit")
+    (workspace / "clustered.yaml").write_text(STUDY.replace("  - nnUNetTrainerSemiMeanTeacher\n", "").replace(
+        "  - nnUNetTrainerThatFails\n", "").replace("num_epochs: 4", "num_epochs: 1"))
+    code, text = output_of(workspace, "run", "clustered.yaml", "--cluster")
+    assert code == 0 and "1 of 1 trainings finished" in text, text
+    record = json.loads(next((workspace / "clustered" / "runs").glob("*/run.json")).read_text())
+    assert record["state"] == "finished" and record["cluster_job"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (("trainers:\n", "trainers:\n  - {trainer: nnUNetTrainerSemiSupervised, name: long, settings: {num_epochs: 9}}\n"),
+     "iterations differs .*Supervised: 4.*meant_differences"),
+    (("nnUNetTrainerThatFails", "nnUNetTrainerThatIsNowhere"), "finds no trainer nnUNetTrainerThatIsNowhere"),
+    (("pictures: 0", "picture: 0"), "unknown setting 'picture'"),
+    (("datasets: [1]", "datasets: [1, 2]"), "Data set 2 is not in"),
+    (("datasets: [1]", "datasets: [1]\nupper_bound: Dataset001_Phantom"), "names a data set twice"),
+    (("datasets: [1]", "datasets: [1]\nconfiguration: 3d_lowres"), "no configuration 3d_lowres"),
+])
+def test_what_would_go_wrong_is_said_before_anything_is_trained(planned, monkeypatch, change, message):
+    (planned / "refused.yaml").write_text(STUDY.replace(*change))
+    with pytest.raises(UserError) as error:
+        prepare(read_study(planned / "refused.yaml"))
+    assert re.search(message, str(error.value), re.DOTALL)
+    assert not (planned / "refused" / "runs").exists()
+
+
+def test_a_study_without_unlabelled_or_test_cases_is_refused(planned, tmp_path):
+    raw = planned / "nnUNet_raw" / "Dataset001_Phantom"
+    (planned / "study.yaml").write_text(STUDY)
+    for folder, message in (("imagesUn", "trainers that need unlabelled"), ("labelsTs", "subset --test")):
+        (raw / folder).rename(tmp_path / folder)
+        try:
+            with pytest.raises(UserError, match=message):
+                prepare(read_study(planned / "study.yaml"))
+        finally:
+            (tmp_path / folder).rename(raw / folder)
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert check_devices(["cpu", "cpu"]) == ["cpu", "cpu"]
+    for device in ("cuda:99", "cpu:1", "tpu"):
+        with pytest.raises(UserError, match=f"no device {device}"):
+            check_devices([device])

@@ -1,0 +1,108 @@
+"""The study file, the list of trainings it makes, and what is refused before any of them starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_semi.benchmark.jobs import Folders, jobs_of
+from nnunetv2_semi.benchmark.study import Study, read_study
+from nnunetv2_semi.benchmark.trainer_facts import differences
+from nnunetv2_semi.errors import UserError
+
+STUDY = """
+datasets: [511, Dataset512_Name]
+trainers:
+  - nnUNetTrainerSemiSupervised
+  - {trainer: nnUNetTrainerSemiRCPS, name: RCPS without contrast, settings: {RCPS: {contrast: false}}}
+  - nnUNetTrainer
+upper_bound: 513
+seeds: [3, 4]
+folds: [0, all]
+settings: {num_epochs: 5, RCPS: {num_negatives: 7}}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "labels.yaml"
+    file.write_text(text)
+    return file
+
+
+def jobs(study: Study, folder: Path) -> list:
+    names = {511: "Dataset511_A", "Dataset512_Name": "Dataset512_Name", 513: "Dataset513_A"}
+    folders = Folders(folder / "raw", folder / "preprocessed", folder / "results")
+    for name in names.values():
+        (folders.preprocessed / name).mkdir(parents=True, exist_ok=True)
+        (folders.preprocessed / name / "P.json").write_text(json.dumps(
+            {"plans_name": "P", "configurations": {"3d_fullres": {"semi": {"initial_lr": 0.1, "num_epochs": 50}}}}))
+    return list(jobs_of(study, names, "P", folders))
+
+
+def test_every_trainer_data_set_fold_and_seed_once_and_the_upper_bound_with_the_control(tmp_path):
+    study = read_study(written(tmp_path, STUDY))
+    found = jobs(study, tmp_path)
+    assert study.name == "labels" and study.folder == tmp_path / "labels"
+    assert len(found) == len({job.name for job in found}) == len({job.model for job in found}) == 2 * 2 * (2 * 3 + 1)
+    assert {job.role for job in found if job.dataset == "Dataset513_A"} == {"upper bound"}
+    assert {job.entry.name for job in found if job.role != "method"} == {"Supervised"}
+    assert [job.seed for job in found] == sorted(job.seed for job in found)  # whole seeds first
+
+
+def test_settings_go_from_the_plans_over_the_study_to_the_entry(tmp_path):
+    job = next(job for job in jobs(read_study(written(tmp_path, STUDY)), tmp_path)
+               if job.entry.name == "RCPS without contrast")
+    plans = job.own_plans()
+    assert plans["configurations"]["3d_fullres"]["semi"] == {
+        "initial_lr": 0.1, "num_epochs": 5, "seed": 3, "final_validation": False,
+        "RCPS": {"num_negatives": 7, "contrast": False}}
+    assert plans["plans_name"] == job.plans_name == "P_labels_RCPS_without_contrast_seed3"
+
+
+def test_what_decides_the_result_is_in_the_digest(tmp_path):
+    def digests(text: str) -> list[str]:
+        return [job.made_with() for job in jobs(read_study(written(tmp_path, text)), tmp_path)]
+
+    first = digests(STUDY)
+    assert len(set(first)) == 2 * 3  # by seed and trainer; fold and data set are in the name
+    assert digests(STUDY + "devices: [cpu]\n") == first
+    assert not set(digests(STUDY.replace("num_epochs: 5", "num_epochs: 6"))) & set(first)
+    assert not set(digests(STUDY + "test_time_mirroring: false\n")) & set(first)
+
+
+@pytest.mark.parametrize("change, message", [
+    (("seeds:", "seed:"), "unknown key 'seed'.*Did you mean seeds"),
+    (("seeds: [3, 4]", "seeds: 3"), "seeds must be a list"),
+    (("seeds: [3, 4]", "seeds: [a]"), "seeds must hold int"),
+    (("seeds: [3, 4]", "seeds: []"), "seeds is empty"),
+    (("seeds: [3, 4]", "seeds: [3, 3]"), "seeds has a value twice"),
+    (("datasets:", "title: x\ndataset:"), "unknown key 'dataset'"),
+    (("folds: [0, all]", "folds: [first]"), "a fold is a number or all"),
+    (("num_epochs: 5", "num_epochs: 5, seed: 1"), "list seeds"),
+    (("name: RCPS without contrast", "names: x"), "unknown key 'names'.*Did you mean name"),
+    (("  - nnUNetTrainer\n", "  - nnUNetTrainerSemiSupervised\n"), "two of trainers have the name Supervised"),
+    (("  - nnUNetTrainerSemiSupervised\n", ""), "has no control"),
+    (("upper_bound: 513", "upper_bound: 513\ncontrol: none of them"), "not the name of a trainer.*Supervised"),
+    (("upper_bound: 513", "tolerance_mm: wide"), "tolerance_mm must be float"),
+    (("datasets: [", "datasets: [[["), "is not YAML"),
+])
+def test_a_wrong_file_is_refused_with_the_key(tmp_path, change, message):
+    assert change[0] in STUDY
+    with pytest.raises(UserError, match=message):
+        read_study(written(tmp_path, STUDY.replace(*change)))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml does not exist"):
+        read_study(tmp_path / "nowhere.yaml")
+
+
+def test_differences_are_found_unless_meant():
+    facts = {"A": {"iterations": 10, "batch_size": 2, "unlabelled_batch_size": 2, "num_epochs": 1},
+             "B": {"iterations": 20, "batch_size": 2, "unlabelled_batch_size": None, "num_epochs": 2}}
+    assert differences(facts, []) == ["iterations differs (A: 10, B: 20)"]
+    assert differences(facts, ["iterations"]) == []
+    facts["C"] = {**facts["A"], "unlabelled_batch_size": 4}
+    assert differences(facts, ["iterations"]) == ["unlabelled_batch_size differs (A: 2, C: 4)"]
