@@ -12,6 +12,10 @@ NNUNET_FOLDERS = {
     "nnunetv2.experiment_planning.semi": "planners",
     "nnunetv2.preprocessing.semi": "planners/preprocessing",
 }
+BENCHMARK = ["jinja2", "monai>=1.4", "pandas", "pyyaml", "statsmodels"]
+CLUSTER = ["submitit"]
+# Second libraries for metrics; stubs for mypy.
+TEST = ["pytest>=8", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
 
 
 class EditableWheelWithoutNnunet(editable_wheel):
@@ -51,6 +55,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunetv2_semi", "nnunetv2_semi.*"]), *NNUNET_FOLDERS],
     package_dir=NNUNET_FOLDERS,
+    package_data={"nnunetv2_semi.benchmark": ["*.j2"]},
     install_requires=[
         "nnunetv2>=2.8,<2.9",
         "torch",
@@ -60,14 +65,16 @@ setup(
         "acvl-utils",
         "dynamic-network-architectures",
         "blosc2",
+        "filelock",
         "matplotlib",
         "nibabel",
         "numpy",
+        "pandas",
         "scipy",
         "threadpoolctl",
         "tqdm",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.6", "mypy>=1.10"]},
+    extras_require={"benchmark": BENCHMARK, "cluster": CLUSTER, "test": [*TEST, *BENCHMARK, *CLUSTER]},
     entry_points={"console_scripts": ["nnunetv2_semi = nnunetv2_semi.cli:main"]},
     cmdclass={"editable_wheel": EditableWheelWithoutNnunet},
     classifiers=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def _train(job: Job, device: str, while_running: Callable[[], None], cores: Sequ
 
 def _predict(job: Job, device: str, while_running: Callable[[], None], cores: Sequence[int] | None) -> None:
     cases = job.test_cases()
+    shutil.rmtree(job.predictions, ignore_errors=True)  # a kill may have left half a file there
     command = [command_path("nnUNetv2_predict"), "-i", str(job.raw / "imagesTs"), "-o", str(job.predictions), "-d",
                job.dataset, "-c", job.study.configuration, "-f", str(job.fold), "-tr", job.entry.trainer, "-p",
-               job.plans_name, "-chk", "checkpoint_final.pth", "-device", device.split(":")[0], "--continue_prediction"]
+               job.plans_name, "-chk", "checkpoint_final.pth", "-device", device.split(":")[0]]
     command += [] if job.study.test_time_mirroring else ["--disable_tta"]
     command += ["-npp", "1", "-nps", "1"] if device == "cpu" else []
     run_watched(command, job.folder / "prediction.log", environment(device, cores), while_running, cores)
