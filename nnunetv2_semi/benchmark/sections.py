@@ -1,0 +1,215 @@
+"""The sections of a report: what its numbers say, in tables, pictures and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from nnunetv2_semi.benchmark.page import Section, Table
+from nnunetv2_semi.benchmark.plots import Style, curves_plot, efficiency_plot, paired_plot, styles_of
+from nnunetv2_semi.benchmark.runs import PredictedRun
+from nnunetv2_semi.benchmark.statistics import (
+    BEHIND,
+    FEWEST_CASES,
+    LABEL_MEAN,
+    PRIMARY,
+    SIGNIFICANT,
+    Arm,
+    control_of,
+    matrix_of,
+    smallest_corrected_p,
+    upper_bound_of,
+)
+from nnunetv2_semi.benchmark.tables import (
+    Runs,
+    counted,
+    empties_table,
+    labelled_of,
+    main_table,
+    metrics_table,
+    name_of,
+    number,
+    p_value,
+    rows_of,
+    settings_table,
+    summary_row,
+    trainings_table,
+    with_count,
+    with_interval,
+)
+from nnunetv2_semi.benchmark.trained import curves_of
+from nnunetv2_semi.benchmark.worst_cases import worst_cases_picture
+
+
+def arms_of(runs: Sequence[PredictedRun]) -> dict[Arm, list[PredictedRun]]:
+    """Runs that differ in nothing but seed and fold, by number of labelled cases; the upper bound is last."""
+    arms: dict[Arm, list[PredictedRun]] = {}
+    for run in runs:
+        arms.setdefault(Arm(run.group, run.labelled, run.method, run.role), []).append(run)
+    groups = list(dict.fromkeys(arm.group for arm in arms))
+    roles = ("control", "method", "upper bound")
+
+    def place(arm: Arm) -> tuple[int, bool, int, int]:
+        return groups.index(arm.group), arm.role == roles[2], arm.labelled or 0, roles.index(arm.role)
+
+    return {arm: arms[arm] for arm in sorted(arms, key=place)}
+
+
+def sections_of(
+    runs: Sequence[PredictedRun], measures: pd.DataFrame, summary: pd.DataFrame, tolerance_mm: float, worst_cases: int
+) -> list[Section]:
+    """All sections of the page.
+
+    Args:
+        runs: What was measured.
+        measures: Table of ``measure_runs``, with the rows of ``label_means``.
+        summary: Table of ``summarise``.
+        tolerance_mm: Of NSD.
+        worst_cases: Cases shown for each method and number of labelled cases.
+    """
+    arms = arms_of(runs)
+    primary = summary[(summary["metric"] == PRIMARY) & (summary["label"] == LABEL_MEAN)]
+    sections = [_result(arms, primary)]
+    groups = list(dict.fromkeys(arm.group for arm in arms))
+    for group in groups:
+        own = {arm: arm_runs for arm, arm_runs in arms.items() if arm.group == group}
+        if len(groups) > 1:
+            sections.append(Section(group))
+        sections += _group_sections(own, measures, summary, worst_cases, level=3 if len(groups) > 1 else 2)
+    return [*sections, _definitions(tolerance_mm)]
+
+
+def _result(arms: Runs, primary: pd.DataFrame) -> Section:
+    points = []
+    several = len({arm.group for arm in arms}) > 1
+    for arm in (arm for arm in arms if arm.role == "method"):
+        row = summary_row(primary, arm)
+        control = control_of(arm, arms)
+        name = with_count(f"{arm.method}, {arm.group}" if several else arm.method, arm)
+        if control is None or not row["verdict"]:
+            lacking = "no control" if control is None else "no case in common with the control"
+            dice = with_interval(row["mean"], row["low"], row["high"])
+            points.append(f"**{name}: not compared,** because there is {lacking}. Dice {dice}.")
+            continue
+        difference = with_interval(row["difference"], row["difference_low"], row["difference_high"], signed=True)
+        points.append(
+            f"**{name}: {row['verdict']} the control.** Dice {number(row['mean'])} against "
+            f"{number(summary_row(primary, control)['mean'])}; difference {difference}, corrected p "
+            f"{p_value(row['p_corrected'])}, {counted(row['paired_cases'], 'case')}, {counted(row['seeds'], 'seed')}."
+        )
+    paired = [int(count) for count in primary.loc[primary["p"].notna(), "paired_cases"]]
+    paragraphs = [
+        f"Ahead or behind: p below {SIGNIFICANT:g} in Wilcoxon's signed-rank test of the cases' Dice, after Holm's "
+        f"correction for {counted(len(paired), 'comparison')}. Brackets: 95 % intervals."
+    ] if paired else ["Nothing was compared with a control."]  # fmt: skip
+    if paired and (smallest := smallest_corrected_p(paired)) >= SIGNIFICANT:
+        paragraphs.append(
+            f"**No method can be ahead or behind here:** with {counted(max(paired), 'case')} and "
+            f"{counted(len(paired), 'comparison')} the test cannot give a corrected p below {p_value(smallest)}."
+        )
+    if paired and primary["seeds"].min() == 1:
+        paragraphs.append(
+            "**Some rows have one seed.** Their interval and test say how these trainings differ on other cases, not "
+            "what another training would give."
+        )
+    return Section("Result", paragraphs=paragraphs, points=points)
+
+
+def _group_sections(
+    arms: Runs, measures: pd.DataFrame, summary: pd.DataFrame, worst_cases: int, level: int
+) -> list[Section]:
+    rows = {arm: summary_row(summary, arm) for arm in arms}
+    labels = list(dict.fromkeys(label for arm in arms for label in rows_of(summary, arm)["label"]))
+    # With one label, its table would repeat that of the mean.
+    shown = labels if len(labels) > 2 else labels[:1]
+    bound = upper_bound_of(next(iter(arms)), arms)
+    trained = pd.DataFrame([row for arm, row in rows.items() if arm.role != "upper bound"])
+    group, styles = next(iter(arms)).group, styles_of(arms)
+    efficiency = [efficiency_plot(trained, rows[bound] if bound else None, styles, group)] if len(trained) else []
+    case_dice = {arm: matrix_of(rows_of(measures, arm), PRIMARY, LABEL_MEAN).mean() for arm in arms}
+    pairs = [
+        paired_plot(case_dice[control], case_dice[arm], control.method, arm.method, with_count(arm.group, arm))
+        for arm in arms if arm.role == "method" and (control := control_of(arm, arms)) is not None
+    ]  # fmt: skip
+    differing, empties = settings_table(arms), empties_table(arms, measures)
+    sections = [
+        Section(
+            "What was compared",
+            tables=[trainings_table(arms, rows), *([differing] if differing.rows else [])],
+            level=level,
+        ),
+        Section("Dice", tables=[main_table(rows)], pictures=efficiency, level=level),
+        Section(
+            "Case by case",
+            ["A dot is a test case, mean over seeds. Above the line the method is higher than the control."]
+            if pairs
+            else [],
+            pictures=pairs,
+            level=level,
+        ),
+        Section("All metrics", tables=[metrics_table(arms, summary, label) for label in shown], level=level),
+        Section(
+            "Empty structures",
+            [] if empties.rows else ["Every structure is in all truths and all predictions."],
+            tables=[empties] if empties.rows else [],
+            level=level,
+        ),
+        _training(arms, styles, level),
+    ]
+    if worst_cases:
+        pictures = [
+            worst_cases_picture(arm_runs, rows_of(measures, arm), worst_cases, with_count(name_of(arm), arm))
+            for arm, arm_runs in arms.items()
+        ]
+        sections.append(Section("Cases with the lowest Dice", pictures=pictures, level=level))
+    return [section for section in sections if section.pictures or section.tables or section.paragraphs]
+
+
+def _training(arms: Runs, styles: Mapping[str, Style], level: int) -> Section:
+    table, skipped = [], []
+    curves: dict[str, dict[str, list]] = {}
+    for arm, runs in arms.items():
+        seconds = [run.training_seconds for run in runs if run.training_seconds is not None]
+        if seconds:
+            table.append((labelled_of(arm), name_of(arm), str(len(seconds)), _duration(sum(seconds) / len(seconds)),
+                          _duration(sum(seconds))))  # fmt: skip
+        drawn = [training for run in runs if run.model and (training := curves_of(run.model)) is not None]
+        if drawn:
+            curves.setdefault(with_count(arm.group, arm), {})[arm.method] = drawn
+        if len(drawn) < len(runs):
+            skipped.append(f"{with_count(name_of(arm), arm)}: {len(runs) - len(drawn)} of {len(runs)}")
+    columns = ("Labelled", "Method", "Trainings", "Wall time of one", "Of all")
+    paragraphs = [] if table else ["The wall time of the trainings is not known."]
+    if skipped:
+        paragraphs.append(f"Trainings without curves (no final checkpoint): {'; '.join(skipped)}.")
+    times = [Table("Time of training", columns, table, headers=2)] if table else []
+    pictures = [curves_plot(drawn, styles, where) for where, drawn in curves.items()]
+    return Section("Training", paragraphs, tables=times, pictures=pictures, level=level)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 1 else f"{minutes:.1f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
+
+
+def _definitions(tolerance_mm: float) -> Section:
+    return Section("What the numbers are", points=[
+        "**Dice, Jaccard**: overlap of truth and prediction in voxels of the original image, 0 to 1.",
+        "**HD95**: the 95th percentile of the distances from the surface voxels of one to those of the other, in each "
+        "direction; the larger of the two. **ASD**: the mean of these distances, surface voxels of both pooled.",
+        f"**NSD**: share of both surfaces, by area, that is within {tolerance_mm:g} mm of the other.",
+        "**Images without spacing** (.png): a pixel counts as 1 mm.",
+        "**Empty structures** are counted, not left out. In neither truth nor prediction: Dice, Jaccard and NSD 1, "
+        "HD95 and ASD 0. In one of them: Dice, Jaccard and NSD 0, HD95 and ASD the diagonal of the image.",
+        "**Mean**: over labels, then folds, then seeds of each case, then cases. **SD of cases**: of the cases' means. "
+        "**SD of seeds**: of the seeds' means.",
+        "**Intervals**: percentile bootstrap, seeds and cases drawn with replacement; cases alone where there is one "
+        "seed. With two or three seeds they are too narrow.",
+        f"**Test**: Wilcoxon's signed-rank test, two-sided, of the cases' means over labels, folds and seeds, method "
+        f"against the control with as many labelled cases. Fewer than {FEWEST_CASES} cases cannot give p below "
+        f"{SIGNIFICANT:g}. Dice alone is tested. Where mean and ranks point in different directions, the method counts "
+        f"as neither ahead nor {BEHIND}.",
+        "**Gap closed**: (method - control) / (upper bound - control), on the cases that all three have; undefined "
+        "where the interval of upper bound - control includes 0.",
+    ])  # fmt: skip
