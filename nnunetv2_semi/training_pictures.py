@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.pictures import PictureRow, save_overview
 
 FOLDER, PICTURE = "pictures", "pictures.png"
+# Black in a map is the value that 1 % of the voxels are below, or this where that is closer to 1.
+_PERCENTILE, _MOST_SHOWN = 1.0, 0.99
 
 
 def is_shown(epoch: int, num_epochs: int, count: int) -> bool:
@@ -42,8 +46,9 @@ def draw(method: Method, batch: dict, labels: LabelManager, device: torch.device
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     aspect = spacing[-2] / spacing[-1]
     rows = [_row(file, aspect) for file in sorted(folder.glob("epoch_*.npz")) if int(file.stem[6:]) <= epoch]
-    save_overview([row for row in rows if row.segmentations.keys() == rows[-1].segmentations.keys()],
-                  _values(labels), "The same validation patch through training", Path(output_folder) / PICTURE)
+    rows = [row for row in rows if row.segmentations.keys() == rows[-1].segmentations.keys()]
+    save_overview(_with_common_ranges(rows, maps), _values(labels), "The same validation patch through training",
+                  Path(output_folder) / PICTURE)
 
 
 def _row(file: Path, aspect: float) -> PictureRow:
@@ -56,8 +61,18 @@ def _row(file: Path, aspect: float) -> PictureRow:
     # in the picture the truth comes first, and the image last of the grey panels: outlines are drawn over it
     segmentations = {"truth": groups["segmentation"].pop("truth"), **groups["segmentation"]}
     image = groups["image"].pop("image")
-    return PictureRow(f"epoch {int(file.stem[6:]) + 1}", {**groups["image"], "image": image}, segmentations, {}, aspect,
-                      dict.fromkeys(groups["image"], (0.0, 1.0)))
+    return PictureRow(f"epoch {int(file.stem[6:]) + 1}", {**groups["image"], "image": image}, segmentations, {}, aspect)
+
+
+def _with_common_ranges(rows: list[PictureRow], maps: Iterable[str]) -> list[PictureRow]:
+    """The rows with maps, whose values are from 0 to 1, shown from the value that few voxels are below: mostly they are
+    near 1. The range is in the column's title."""
+    for name in maps:
+        low = min(_MOST_SHOWN, *(float(np.percentile(row.images[name], _PERCENTILE)) for row in rows))
+        title = f"{name}, {low:.2f} to 1"
+        rows = [replace(row, images={title if key == name else key: image for key, image in row.images.items()},
+                        ranges={**row.ranges, title: (low, 1.0)}) for row in rows]
+    return rows
 
 
 def _prediction(output: Logits, labels: LabelManager) -> np.ndarray:

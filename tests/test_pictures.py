@@ -41,3 +41,18 @@ def test_outlines_have_the_colours_of_their_structures(tmp_path: Path) -> None:
     assert twice[0] > 1.5 * both[0]
     assert twice[1] == both[1]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["both.png", "empty.png", "twice.png"]
+
+
+def test_maps_of_all_epochs_share_one_range_that_shows_what_is_not_near_one():
+    from nnunetv2_semi.training_pictures import _with_common_ranges
+
+    def row(certainty: np.ndarray) -> PictureRow:
+        return PictureRow("epoch", {"e^-D": certainty, "image": certainty}, {"truth": certainty > 2}, {})
+
+    low = np.linspace(0.4, 1, 1000).reshape(10, 10, 10)
+    first, second = _with_common_ranges([row(np.ones((10, 10, 10))), row(low)], ["e^-D"])
+    title = "e^-D, 0.41 to 1"
+    assert list(first.images) == list(second.images) == [title, "image"]  # the image stays last
+    assert first.ranges[title] == second.ranges[title] == (pytest.approx(0.406, abs=1e-3), 1.0)
+    certain, = _with_common_ranges([row(np.ones((10, 10, 10)))], ["e^-D"])
+    assert certain.ranges["e^-D, 0.99 to 1"] == (0.99, 1.0)
