@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
     "export": ("nnunetv2_semi.export", "write a model folder that runs without this package"),
     "link": ("nnunetv2_semi.link_command", "make the trainers visible to an editable or separate nnU-Net"),
+    "selftrain": ("nnunetv2_semi.benchmark.self_training", "train, label unlabelled cases by prediction, train again"),
     "subset": ("nnunetv2_semi.benchmark.subset", "make data sets with fewer labels from a labelled one"),
     "unlink": ("nnunetv2_semi.unlink_command", "undo link"),
 }

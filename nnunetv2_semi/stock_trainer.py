@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi import training_data
+from nnunetv2_semi.data.whole_files import whole_file
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 
 
@@ -49,6 +50,11 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
     def run_training(self) -> None:
         self._trained_here = True
         super().run_training()
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            with whole_file(filename) as unfinished:
+                super().save_checkpoint(unfinished)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         if self.settings.final_validation or not self._trained_here:

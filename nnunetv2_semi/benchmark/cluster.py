@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from nnunetv2_semi.benchmark.execution import execute
@@ -12,6 +13,7 @@ from nnunetv2_semi.benchmark.jobs import Job
 from nnunetv2_semi.benchmark.progress import StudyBar
 from nnunetv2_semi.benchmark.study import Study
 from nnunetv2_semi.commands import CommandFailed
+from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 from nnunetv2_semi.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LOOKS = 2.0
 # keys of a study's cluster: that are not submitit's
-_OWN = ("executor", "device")
+_OWN = ("executor", "device", "max_num_timeout")
+# In a job's folder: executor and id.
+RECORD = "cluster.json"
 
 
 class ClusterTask:
@@ -41,35 +45,40 @@ class ClusterTask:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def run_on_cluster(jobs: Sequence[Job], study: Study, bar: StudyBar) -> None:
+def run_on_cluster(jobs: Sequence[Job], study: Study, executor: submitit.AutoExecutor, bar: StudyBar) -> None:
     """Submit what is neither queued nor running from an earlier call, and wait for all.
 
-    study.cluster: ``executor`` (slurm, local, debug; default slurm), ``device`` (default cuda), everything else for
-    submitit's ``update_parameters``. Stopping this leaves the jobs where they are; a later call watches them.
+    Stopping this leaves the jobs where they are; a later call watches them.
 
     Raises:
-        UserError: submitit is not installed, there is no such cluster here, or it refuses its arguments.
+        UserError: The cluster refuses the jobs.
     """
-    executor = _executor(study)
+    import submitit
+
+    kind, device = _kind(study), str(study.cluster.get("device", "cuda"))
     submitted: dict[str, submitit.Job] = {}
-    to_submit = []
     for job in jobs:
-        known = job.record.get("cluster_job")
-        found = _job_of(executor, str(known)) if known else None
-        if found is not None and not found.done():
-            submitted[job.name] = found
-        else:
-            to_submit.append(job)
-    device = str(study.cluster.get("device", "cuda"))
-    if to_submit:
-        with executor.batch():  # one array of jobs
+        known = read_json_object(str(job.folder / RECORD)) or {}
+        if known.get("executor") == kind:
+            found = executor._executor.job_class(folder=executor.folder, job_id=known["job"], tasks=[0])
+            if not found.done():
+                submitted[job.name] = found
+    to_submit = [job for job in jobs if job.name not in submitted]
+    for job in to_submit:
+        job.write_record("waiting", made_with=job.made_with(), labelled=len(job.labelled_cases()), error=None)
+    try:
+        with executor.batch() if to_submit else nullcontext():  # one array of jobs
             handles = [executor.submit(ClusterTask(job, device)) for job in to_submit]
-        for job, handle in zip(to_submit, handles, strict=True):
-            job.write_record("waiting", cluster_job=handle.job_id)
-            submitted[job.name] = handle
+    except (submitit.core.utils.FailedSubmissionError, OSError, RuntimeError) as error:
+        raise UserError(f"The cluster refuses the trainings: {error}") from error
+    for job, handle in zip(to_submit, handles, strict=True):
+        # in a file of its own: the job may be writing its record already
+        write_json_whole(str(job.folder / RECORD), {"executor": kind, "job": handle.job_id})
+        submitted[job.name] = handle
     while not all(handle.done() for handle in submitted.values()):
         bar.look()
         time.sleep(SECONDS_BETWEEN_LOOKS)
+    time.sleep(SECONDS_BETWEEN_LOOKS)  # for what the nodes wrote to be seen here
     for job in jobs:
         if job.state not in ("finished", "failed"):
             # the scheduler ended it: out of memory, node lost, cancelled
@@ -78,21 +87,31 @@ def run_on_cluster(jobs: Sequence[Job], study: Study, bar: StudyBar) -> None:
     bar.look()
 
 
-def _executor(study: Study) -> submitit.AutoExecutor:
+def cluster_executor(study: Study) -> submitit.AutoExecutor:
+    """What submits jobs, as the study's ``cluster:`` says: ``executor`` (slurm or local; default slurm), ``device``
+    (default cuda), ``max_num_timeout``, ``timeout_min``; everything else for submitit's ``update_parameters``.
+
+    Raises:
+        UserError: submitit is not installed, there is no such cluster here, or it refuses its arguments.
+    """
     try:
         import submitit
     except ModuleNotFoundError as error:
-        raise UserError("Clusters need a further package: pip install nnunetv2-semi[cluster]") from error
-    kind = str(study.cluster.get("executor", "slurm"))
-    parameters: Mapping[str, object] = {key: value for key, value in study.cluster.items() if key not in _OWN}
+        raise UserError("Clusters need a further package: pip install \"nnunetv2-semi[cluster]\"") from error
+    if "timeout_min" not in study.cluster:
+        raise UserError("The study's cluster: must have timeout_min, the minutes that a training may take; after "
+                        "them the job is queued again.")
+    if str(study.cluster.get("device", "cuda")) not in ("cuda", "cpu"):
+        raise UserError(f"The study's cluster: device must be cuda or cpu, got {study.cluster['device']!r}.")
+    parameters = {key: value for key, value in study.cluster.items() if key not in _OWN}
+    limits = {f"slurm_{key}": study.cluster[key] for key in ("max_num_timeout",) if key in study.cluster}
     try:
-        executor = submitit.AutoExecutor(folder=study.folder / "cluster", cluster=kind)
+        executor = submitit.AutoExecutor(folder=study.folder / "cluster", cluster=_kind(study), **limits)
         executor.update_parameters(name=study.name, **parameters)
     except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
         raise UserError(f"The study's cluster: cannot be used: {error}") from error
     return executor
 
 
-def _job_of(executor: submitit.AutoExecutor, job_id: str) -> submitit.Job:
-    inner = executor._executor
-    return inner.job_class(folder=inner.folder, job_id=job_id, tasks=[0])
+def _kind(study: Study) -> str:
+    return str(study.cluster.get("executor", "slurm"))

@@ -57,7 +57,7 @@ def _run_study(study: Study, args: argparse.Namespace) -> int:
     # torch and nnU-Net take seconds to import: a wrong study file should be told at once
     from filelock import FileLock, Timeout
 
-    from nnunetv2_semi.benchmark.cluster import run_on_cluster
+    from nnunetv2_semi.benchmark.cluster import cluster_executor, run_on_cluster
     from nnunetv2_semi.benchmark.local_pool import check_devices, run_on_devices
     from nnunetv2_semi.benchmark.preparation import prepare
     from nnunetv2_semi.benchmark.progress import StudyBar
@@ -66,14 +66,15 @@ def _run_study(study: Study, args: argparse.Namespace) -> int:
     study.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(study.folder / ".lock", timeout=0):
+            executor = cluster_executor(study) if args.cluster else None
             prepared = prepare(study)
-            left = [job for job in prepared.jobs if job.state != "finished"]
+            left = [job for job in prepared.jobs if not job.is_done()]
             print(f"{len(prepared.jobs)} trainings in {study.folder / 'runs'}, {len(left)} to do.", flush=True)
             if args.dry_run:
                 return 0
             with StudyBar(prepared.jobs, prepared.num_epochs) as bar:
-                if args.cluster:
-                    run_on_cluster(left, study, bar)
+                if executor is not None:
+                    run_on_cluster(left, study, executor, bar)
                 else:
                     run_on_devices(left, devices, bar)
     except Timeout as error:
@@ -91,9 +92,10 @@ def _show_status(study: Study) -> int:
     from nnunetv2_semi.benchmark.preparation import list_jobs
 
     jobs = list_jobs(study)
-    for job in jobs:
-        print(f"{job.state:9} {job.name}")
-    counts = Counter(job.state for job in jobs)
+    states = {job.name: job.state_now() for job in jobs}
+    for name, state in states.items():
+        print(f"{state:9} {name}")
+    counts = Counter(states.values())
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return 0 if counts["finished"] == len(jobs) else 1
 
@@ -104,6 +106,7 @@ def study_runs(file: Path) -> tuple[Study, Sequence[PredictedRun]]:
     Raises:
         UserError: None is.
     """
+    from nnunetv2_semi.benchmark.comparability import check_unchanged
     from nnunetv2_semi.benchmark.preparation import list_jobs
 
     study = read_study(file)
@@ -111,6 +114,7 @@ def study_runs(file: Path) -> tuple[Study, Sequence[PredictedRun]]:
     finished = [job for job in jobs if job.state == "finished"]
     if not finished:
         raise UserError(f"No training of {file} is finished. Start it: nnunetv2_semi benchmark run {file}")
+    check_unchanged(finished)
     _tell_unfinished([job for job in jobs if job.state != "finished"])
     return study, [job.predicted() for job in finished]
 

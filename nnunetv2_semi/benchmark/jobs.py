@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nnunetv2_semi.benchmark.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.study import Entry, Study
-from nnunetv2_semi.commands import finished_epochs
+from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 
+# In a model's folder: what the training began with.
+MARKER = "study.json"
+SECONDS_BETWEEN_TRIES = 1.0
 State = Literal["waiting", "running", "finished", "failed"]
 
 
@@ -93,7 +98,7 @@ class Job:
         configuration = plans["configurations"][self.study.configuration]
         merged: Mapping[str, object] = {"final_validation": False, **configuration.get("semi", {})}
         for settings in (self.study.settings, self.entry.settings, {"seed": self.seed}):
-            merged = _merged(merged, settings)
+            merged = merged_settings(merged, settings)
         configuration["semi"] = merged
         plans["plans_name"] = self.plans_name
         return plans
@@ -106,8 +111,40 @@ class Job:
 
     def made_with(self) -> str:
         """Digest of all that decides the result but the code."""
-        content = [self.entry.trainer, self.entry.selftrain, self.own_plans(), self.study.test_time_mirroring]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest([self.entry.trainer, self.entry.selftrain, self.own_plans(), self.study.test_time_mirroring])
+
+    def begun_with(self) -> str | None:
+        """`made_with` when the training began, by this study or another one of its name; None before that."""
+        marker = read_json_object(str(self.model / MARKER)) or {}
+        if marker or "made_with" in self.record:
+            return str(marker.get("made_with", self.record.get("made_with")))
+        return "unknown" if any(self.model.glob("checkpoint_*.pth")) else None
+
+    # data
+
+    @property
+    def dataset_json(self) -> dict:
+        return json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))
+
+    def labelled_cases(self) -> list[str]:
+        """Names, sorted."""
+        return sorted(list_labelled_cases(str(self.raw), self.dataset_json))
+
+    def test_cases(self) -> list[str]:
+        """Names of the files in labelsTs."""
+        ending = self.dataset_json["file_ending"]
+        return sorted(file.name for file in (self.raw / "labelsTs").iterdir()
+                      if file.name.endswith(ending) and not file.name.startswith("."))
+
+    @property
+    def group(self) -> str:
+        """Data sets with the same one have the same test cases: what subset.json says, else a digest of the labels'
+        names and sizes."""
+        subset = read_json_object(str(self.raw / "subset.json"))
+        if subset is not None:
+            return str(subset["group"])
+        files = [(name, (self.raw / "labelsTs" / name).stat().st_size) for name in self.test_cases()]
+        return f"{len(files)} test cases {_digest(files)[:6]}"
 
     # state
 
@@ -126,24 +163,61 @@ class Job:
     def state(self) -> State:
         return self.record.get("state", "waiting")
 
-    def epochs_done(self, num_epochs: int) -> int:
-        """Of this training, for a progress bar."""
-        return num_epochs if self.state == "finished" else min(num_epochs, finished_epochs(self.training_log))
+    @contextmanager
+    def lock(self, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Held by the process that works on this job; waits for it to be free. It is freed when that process ends."""
+        from filelock import FileLock, Timeout
 
-    def test_cases(self) -> list[str]:
-        """Names of the files in labelsTs."""
-        ending = json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-        return sorted(file.name for file in (self.raw / "labelsTs").iterdir() if file.name.endswith(ending))
+        lock = FileLock(self.folder / ".lock", timeout=SECONDS_BETWEEN_TRIES)
+        while not lock.is_locked:
+            while_waiting()
+            try:
+                lock.acquire()
+            except Timeout:
+                pass
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def state_now(self) -> str:
+        """The state, or "stopped" where a process that ran this was killed."""
+        from filelock import FileLock, Timeout
+
+        if self.state != "running":
+            return self.state
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return "stopped"
+        except Timeout:
+            return "running"
+
+    def is_done(self) -> bool:
+        """Whether it is finished and all predictions are still there."""
+        return self.state == "finished" and all((self.predictions / case).is_file() for case in self.test_cases())
+
+    def epochs_done(self, num_epochs: int) -> int:
+        """Of this training, for a progress bar; those done again after a kill count once."""
+        if self.state == "finished":
+            return num_epochs
+        try:
+            begun = re.findall(rb": Epoch (\d+)\s*$", self.training_log.read_bytes(), re.MULTILINE)
+        except FileNotFoundError:
+            return 0
+        return min(num_epochs, int(begun[-1])) if begun else 0
 
     def predicted(self) -> PredictedRun:
         """For the report; of a finished job."""
         record = self.record
-        subset = read_json_object(str(self.raw / "subset.json")) or {}
         return PredictedRun(
-            dataset=self.dataset, group=subset.get("group", self.dataset), labelled=record.get("labelled"),
+            dataset=self.dataset, group=self.group, labelled=record.get("labelled"),
             method=self.entry.name, role=self.role, seed=self.seed, fold=str(self.fold), predictions=self.predictions,
             truth=self.raw / "labelsTs", images=self.raw / "imagesTs", dataset_json=self.raw / "dataset.json",
             model=Path(record["model"]), training_seconds=record.get("training_seconds"))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def jobs_of(study: Study, datasets: Mapping[int | str, str], plans: str, folders: Folders) -> Iterator[Job]:
@@ -164,7 +238,7 @@ def jobs_of(study: Study, datasets: Mapping[int | str, str], plans: str, folders
                 yield Job(study, control, datasets[study.upper_bound], "upper bound", fold, seed, plans, folders)
 
 
-def _merged(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
+def merged_settings(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
     """Settings with those of ``second`` over those of ``first``; sections of a method are merged."""
     merged = dict(first)
     for key, value in second.items():

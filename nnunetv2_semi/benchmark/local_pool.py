@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -47,6 +48,8 @@ def run_on_devices(jobs: Sequence[Job], devices: Sequence[str], bar: StudyBar) -
                 pass  # in the job's record
             except _Stopped:
                 return
+            except Exception:  # a disk that is full, a file that is gone: the other jobs go on
+                job.write_record("failed", error=traceback.format_exc())
 
     with ThreadPoolExecutor(len(devices)) as threads:
         try:

@@ -1,18 +1,17 @@
-"""What happens before a study's first training: checks, plans and preprocessing."""
+"""What happens before a study's first training: checks, plans, preprocessing, splits."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2_semi.benchmark.comparability import check_comparable, check_data_sets, check_unchanged, facts_of_jobs
 from nnunetv2_semi.benchmark.jobs import Folders, Job, jobs_of
-from nnunetv2_semi.benchmark.study import Study
-from nnunetv2_semi.benchmark.trainer_facts import Facts, Question, differences, trainer_facts
-from nnunetv2_semi.commands import CommandFailed, Progress, command_path, run_logged
+from nnunetv2_semi.benchmark.planned_data import plan_and_preprocess, prepare_unlabelled_cases, write_split
+from nnunetv2_semi.benchmark.study import Entry, Study
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
@@ -31,7 +30,7 @@ def list_jobs(study: Study) -> list[Job]:
     """All trainings of a study. Raises UserError where a data set cannot be used."""
     folders = Folders.from_environment()
     asked = [*study.datasets, *([] if study.upper_bound is None else [study.upper_bound])]
-    datasets = {dataset: _full_name(dataset, folders.raw) for dataset in asked}
+    datasets = {dataset: full_name(dataset, folders.raw) for dataset in asked}
     if len(set(datasets.values())) < len(datasets):
         raise UserError("The study names a data set twice (the upper bound is a data set of its own, with all labels).")
     return list(jobs_of(study, datasets, study.plans or _plans_of_planner(study.planner), folders))
@@ -46,25 +45,30 @@ def prepare(study: Study) -> PreparedStudy:
         CommandFailed: nnU-Net's planning or preprocessing failed.
     """
     jobs = list_jobs(study)
-    folders = jobs[0].folders
-    datasets = list(dict.fromkeys(job.dataset for job in jobs))
-    for dataset in datasets:
-        _check_test_cases(folders.raw / dataset)
+    by_dataset: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_dataset.setdefault(job.dataset, []).append(job)
+    # what can be known without plans comes first: planning may take hours
+    check_data_sets(jobs)
+    unlabelled = {name for name, its in by_dataset.items() if _check_trainers(its)}
     study.folder.mkdir(parents=True, exist_ok=True)
-    for dataset in datasets:
-        _plan_and_preprocess(study, dataset, jobs[0].plans, folders)
-    _check_unchanged(jobs)
+    source = None if study.plans_from is None else full_name(study.plans_from, jobs[0].folders.raw)
+    for dataset in sorted(by_dataset, key=lambda name: name != source):
+        plan_and_preprocess(study, dataset, jobs[0].plans, jobs[0].folders, source)
+    check_unchanged(jobs)
     for job in jobs:
         write_json_whole(str(job.plans_file), job.own_plans())
-    facts = _facts(jobs)
-    _check_comparable(study, jobs, facts)
-    for dataset in datasets:
-        if any(facts[job.name]["uses_unlabelled"] for job in jobs if job.dataset == dataset):
-            _prepare_unlabelled(dataset, next(job for job in jobs if job.dataset == dataset))
+    facts = facts_of_jobs(jobs)
+    check_comparable(study, jobs, facts)
+    for dataset, its in by_dataset.items():
+        write_split(study, its[0])
+        if dataset in unlabelled:
+            prepare_unlabelled_cases(next(job for job in its if job.role != "upper bound"))
     return PreparedStudy(study, jobs, {name: int(str(single["num_epochs"])) for name, single in facts.items()})
 
 
-def _full_name(dataset: int | str, raw: Path) -> str:
+def full_name(dataset: int | str, raw: Path) -> str:
+    """Of a data set given by id or name. Raises UserError where there is none, or several."""
     found = [folder.name for folder in raw.glob("Dataset*_*") if folder.name == dataset or
              (isinstance(dataset, int) and folder.name.startswith(f"Dataset{dataset:03d}_"))]
     if len(found) != 1:
@@ -85,88 +89,34 @@ def _plans_of_planner(planner: str) -> str:
     return str(inspect.signature(cls.__init__).parameters["plans_name"].default)
 
 
-def _check_test_cases(raw: Path) -> None:
-    how = "'nnunetv2_semi subset --test' makes data sets with test cases."
-    for folder in ("imagesTs", "labelsTs"):
-        if not (raw / folder).is_dir() or not any((raw / folder).iterdir()):
-            raise UserError(f"{raw / folder} is not there or empty: a study is judged on test cases. {how}")
+def _check_trainers(jobs: Sequence[Job]) -> bool:
+    """Refuse unknown trainers and settings of one data set's jobs; whether any of them needs unlabelled cases."""
+    uses_unlabelled = False
+    for entry in {job.entry.name: job.entry for job in jobs}.values():
+        needs = _needs_unlabelled(entry, jobs[0].study)
+        if needs and not (jobs[0].raw / UNLABELLED_FOLDER).is_dir():
+            advice = "The control must not need them where there is an upper bound." if jobs[0].role == "upper bound" \
+                else "For a data set with all labels use upper_bound:."
+            raise UserError(f"{jobs[0].raw / UNLABELLED_FOLDER} is not there, but {entry.name} needs unlabelled cases. "
+                            f"{advice}")
+        uses_unlabelled |= needs
+    return uses_unlabelled
 
 
-def _plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders) -> None:
-    file = folders.preprocessed / dataset / f"{plans}.json"
-    begun, processes = study.folder / f"preprocessing_{dataset}.log", os.environ.get("nnUNet_def_n_proc", "4")
-    done = begun.with_suffix(".done")
-    if not file.is_file():
-        name, arguments = "nnUNetv2_plan_and_preprocess", ["-pl", study.planner, "-npfp", processes]
-    elif (begun.is_file() and not done.is_file()) or not _is_preprocessed(study, file):
-        name, arguments = "nnUNetv2_preprocess", ["-plans_name", plans]
-    else:
-        return
-    print(f"{name} for {dataset} ...", flush=True)
-    done.unlink(missing_ok=True)
-    arguments = ["-d", dataset.removeprefix("Dataset")[:3], *arguments, "-c", study.configuration, "-np", processes]
-    run_logged([command_path(name), *arguments], begun, os.environ, Progress())
-    if not file.is_file():
-        raise CommandFailed(f"{name} wrote no {file}: planner {study.planner} does not make plans {plans}.")
-    done.touch()
+def _needs_unlabelled(entry: Entry, study: Study) -> bool:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+    from nnunetv2_semi.benchmark.jobs import merged_settings
+    from nnunetv2_semi.methods.settings import settings_from_plan
 
-def _is_preprocessed(study: Study, plans_file: Path) -> bool:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    plans = PlansManager(json.loads(plans_file.read_text(encoding="utf-8")))
-    if study.configuration not in plans.available_configurations:
-        raise UserError(f"{plans_file} has no configuration {study.configuration}; it has "
-                        f"{', '.join(plans.available_configurations)}.")
-    folder = plans_file.parent / plans.get_configuration(study.configuration).data_identifier
-    dataset_json = json.loads((plans_file.parent / "dataset.json").read_text(encoding="utf-8"))
-    return folder.is_dir() and len(list(folder.glob("*.pkl"))) >= int(dataset_json["numTraining"])
-
-
-def _facts(jobs: Sequence[Job]) -> dict[str, Facts]:
-    """Of every job, by its name; trainers are asked once for a data set and entry, since seeds change nothing."""
-    questions: dict[tuple, Question] = {}
-    for job in jobs:
-        questions.setdefault((job.dataset, job.entry.name), Question(
-            job.entry.trainer, str(job.plans_file), job.study.configuration, job.fold))
-    answers = dict(zip(questions, trainer_facts(list(questions.values()), os.environ), strict=True))
-    return {job.name: answers[job.dataset, job.entry.name] for job in jobs}
-
-
-def _check_comparable(study: Study, jobs: Sequence[Job], facts: Mapping[str, Facts]) -> None:
-    lines = []
-    for dataset in dict.fromkeys(job.dataset for job in jobs):
-        compared = {job.entry.name: facts[job.name] for job in jobs if job.dataset == dataset}
-        lines += [f"{dataset}: {line}" for line in differences(compared, study.meant_differences)]
-    control = {job.dataset: {"iterations": facts[job.name]["iterations"]} for job in jobs
-               if job.entry == study.control_entry}
-    lines += differences(control, study.meant_differences)
-    if lines:
-        raise UserError("The trainings of the study would not be comparable:\n  " + "\n  ".join(lines) +
-                        "\nMake them alike with settings:, or, where it is meant, name what differs in "
-                        "meant_differences:.")
-
-
-def _check_unchanged(jobs: Sequence[Job]) -> None:
-    changed = [job for job in jobs if job.record.get("made_with", job.made_with()) != job.made_with()]
-    if changed:
-        names = "\n  ".join(str(job.folder) for job in changed[:5])
-        raise UserError(f"{len(changed)} trainings of the study were begun with other settings or plans than the study "
-                        f"file has now:\n  {names}\nGive the study file another name, or remove these folders and the "
-                        "models that their run.json names.")
-
-
-def _prepare_unlabelled(dataset: str, job: Job) -> None:
-    """Preprocess unlabelled cases once, before trainings that would all begin with it."""
-    from nnunetv2.configuration import default_num_processes
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from nnunetv2_semi.data.preprocessing import prepare_unlabelled
-
-    if not (job.raw / UNLABELLED_FOLDER).is_dir():
-        raise UserError(f"{job.raw / UNLABELLED_FOLDER} is not there, but the study has trainers that need unlabelled "
-                        "cases. For a data set with all labels use upper_bound:.")
-    plans = PlansManager(job.own_plans())
-    dataset_json = json.loads((job.plans_file.parent / "dataset.json").read_text(encoding="utf-8"))
-    prepare_unlabelled(plans, plans.get_configuration(job.study.configuration), dataset_json,
-                       num_processes=default_num_processes, report=lambda line: None)
+    try:
+        cls = recursive_find_trainer_class_by_name(entry.trainer)
+    except RuntimeError:
+        cls = None
+    if cls is None:
+        raise UserError(f"nnU-Net finds no trainer {entry.trainer}. nnunetv2_semi doctor says whether ours are "
+                        "visible.")
+    method = getattr(cls, "method_class", None)
+    if method is not None:
+        settings_from_plan(method.Settings, merged_settings(study.settings, entry.settings), method.name)
+    return entry.selftrain is not None or (method is not None and method.uses_unlabelled)

@@ -13,6 +13,7 @@ from nnunetv2_semi.errors import UserError
 
 OUR_PREFIX = "nnUNetTrainerSemi"
 CONTROL_TRAINER = "nnUNetTrainerSemiSupervised"
+SELFTRAIN_KEYS = ["rounds", "keep", "snapshots"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Entry:
     """One row of a study's tables.
 
     trainer: class name. name: shown; by default the trainer's without its prefix. settings: of "semi", on top of the
-    study's. selftrain: rounds, keep (share of unlabelled cases): this is the self-training of that trainer's models.
+    study's. selftrain: options of `nnunetv2_semi selftrain`: this is the self-training of that trainer's models.
     """
 
     trainer: str
@@ -30,7 +31,8 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", self.trainer.removeprefix(OUR_PREFIX) or self.trainer)
+            name = self.trainer.removeprefix(OUR_PREFIX) or self.trainer
+            object.__setattr__(self, "name", name if self.selftrain is None else f"{name}, self-training")
 
     @property
     def slug(self) -> str:
@@ -44,9 +46,10 @@ class Study:
 
     datasets: ids or names. upper_bound: data set with all labels, on which the control is trained. control: name of the
     entry that others are compared with. planner, plans: the plans are made by the planner where they do not exist; the
-    name is the planner's own by default. settings: of "semi", for all. meant_differences: names of what may differ
-    between trainers. devices: one training at a time on each, for instance cuda:0, cuda:0, cpu. cluster: arguments of
-    submitit's executor. tolerance_mm: of the surface Dice. folder: where everything of the study lies, beside the file.
+    name is the planner's own by default. plans_from: data set whose plans all others get. settings: of "semi", for all.
+    meant_differences: names of what may differ between trainers. devices: one training at a time on each, for instance
+    cuda:0, cuda:0, cpu. cluster: see `cluster_executor`. tolerance_mm: of the surface Dice. folder: where everything of
+    the study lies, beside the file.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class Study:
     configuration: str = "3d_fullres"
     planner: str = "nnUNetPlannerSemi"
     plans: str | None = None
+    plans_from: int | str | None = None
     folds: tuple[int | str, ...] = ("all",)
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -93,11 +97,12 @@ def read_study(file: Path) -> Study:
     try:
         import yaml
     except ModuleNotFoundError as error:
-        raise UserError("Studies need further packages: pip install nnunetv2-semi[benchmark]") from error
+        raise UserError("Studies need further packages: pip install \"nnunetv2-semi[benchmark]\"") from error
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist.") from error
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -117,7 +122,7 @@ def read_study(file: Path) -> Study:
     study = Study(folder=file.with_suffix("").resolve(), **values)  # type: ignore[arg-type]
     if study.folder == file.resolve():
         raise UserError(f"{where}: give the file the ending .yaml: the folder {study.folder.name} is made beside it.")
-    _check(study, where)
+    _check(study, where, text)
     return study
 
 
@@ -152,10 +157,24 @@ def _entry(value: object, where: str) -> Entry:
     if not isinstance(value, dict) or not isinstance(value.get("trainer"), str):
         raise UserError(f"{where}: each of trainers must be a class name, or an object with trainer:, got {value!r}.")
     _check_keys(value, [single.name for single in dataclasses.fields(Entry)], f"{where}, trainers")
+    if not isinstance(value.get("name", ""), str) or not Entry(**{**value, "selftrain": None}).slug:
+        raise UserError(f"{where}: name must be text with letters or digits, got {value['name']!r}.")
     for key in ("settings", "selftrain"):
         if key in value and not isinstance(value[key], dict):
             raise UserError(f"{where}: {key} of {value['trainer']} must be an object, got {value[key]!r}.")
+    if "selftrain" in value:
+        _check_selftrain(value["selftrain"], f"{where}, selftrain of {value['trainer']}")
     return Entry(**value)
+
+
+def _check_selftrain(options: Mapping[str, object], where: str) -> None:
+    _check_keys(options, SELFTRAIN_KEYS, where)
+    for key, value in options.items():
+        if key == "keep":
+            if type(value) not in (int, float) or not 0 < float(str(value)) <= 1:
+                raise UserError(f"{where}: keep must be a number above 0 and at most 1, got {value!r}.")
+        elif type(value) is not int or value < 1:
+            raise UserError(f"{where}: {key} must be a whole number of at least 1, got {value!r}.")
 
 
 def _check_keys(content: Mapping[str, object], allowed: list[str], where: str) -> None:
@@ -166,7 +185,7 @@ def _check_keys(content: Mapping[str, object], allowed: list[str], where: str) -
             raise UserError(f"{where}: unknown key {key!r}.{hint} Allowed: {', '.join(allowed)}.")
 
 
-def _check(study: Study, where: str) -> None:
+def _check(study: Study, where: str, text: str) -> None:
     slugs = [entry.slug for entry in study.trainers]
     for slug in slugs:
         if slugs.count(slug) > 1:
@@ -179,6 +198,9 @@ def _check(study: Study, where: str) -> None:
         if "seed" in settings:
             raise UserError(f"{where}: seed is not a setting of a study: list seeds: [0, 1, 2].")
     for fold in study.folds:
-        if fold != "all" and not isinstance(fold, int):
-            raise UserError(f"{where}: a fold is a number or all, got {fold!r}.")
+        if fold != "all" and not (isinstance(fold, int) and fold >= 0):
+            raise UserError(f"{where}: a fold is a number from 0 or all, got {fold!r}.")
+    # YAML takes 010 for the octal number 8, and 008 for text
+    if re.search(r"^(datasets|upper_bound|plans_from)\s*:[^#\n]*[\[\s,]0\d", text, re.MULTILINE):
+        raise UserError(f"{where}: write ids of data sets without zeros before them.")
     study.control_entry  # noqa: B018

@@ -16,8 +16,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2_semi.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 Facts = Mapping[str, object]
 
@@ -87,7 +91,8 @@ def _facts(question: Question) -> Facts:
     uses_unlabelled = bool(getattr(getattr(cls, "method_class", None), "uses_unlabelled", False))
     unlabelled = (settings.unlabelled_batch_size or configuration.batch_size) if uses_unlabelled and settings else None
     augmentation = [cls.get_training_transforms, cls.configure_rotation_dummyDA_mirroring_and_inital_patch_size]
-    own_optimizer = cls.configure_optimizers is not nnUNetTrainer.configure_optimizers
+    optimizer = "SGD" if settings or cls.configure_optimizers is nnUNetTrainer.configure_optimizers else \
+        cls.configure_optimizers.__qualname__
     return {
         "num_epochs": trainer.num_epochs,
         "uses_unlabelled": uses_unlabelled,
@@ -96,14 +101,30 @@ def _facts(question: Question) -> Facts:
         "unlabelled_batch_size": unlabelled,
         "patch_size": list(configuration.patch_size),
         "spacing": list(configuration.spacing),
-        "network": _digest(configuration.configuration["architecture"]),
+        "network": _network(trainer),
         "augmentation": _digest([inspect.getsource(function) for function in augmentation]),
         "oversample_foreground_percent": trainer.oversample_foreground_percent,
+        "probabilistic_oversampling": trainer.probabilistic_oversampling,
+        "optimizer": optimizer,
         "initial_lr": trainer.initial_lr,
-        "momentum": settings.momentum if settings else (None if own_optimizer else 0.99),
+        "momentum": settings.momentum if settings else (0.99 if optimizer == "SGD" else None),
         "weight_decay": trainer.weight_decay,
         "deep_supervision": trainer.enable_deep_supervision,
     }
+
+
+def _network(trainer: nnUNetTrainer) -> str:
+    """Digest of the deployed network's layers and weights' shapes."""
+    import torch
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    plans, configuration = trainer.plans_manager, trainer.configuration_manager
+    channels = determine_num_input_channels(plans, configuration, trainer.dataset_json)
+    with torch.device("meta"):
+        network = trainer.build_network_architecture(plans, configuration, channels,
+                                                     trainer.label_manager.num_segmentation_heads, False)
+    return _digest([[type(module).__name__ for module in network.modules()],
+                    [list(weights.shape) for weights in network.parameters()]])
 
 
 def _digest(content: object) -> str:

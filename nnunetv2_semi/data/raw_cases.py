@@ -50,6 +50,11 @@ def list_labelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str
     return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
 
 
+def cases_in(folder: str, file_ending: str) -> set[str]:
+    """Names of the cases of which any channel lies in `folder`."""
+    return set(_channels_per_case(folder, file_ending)[0])
+
+
 def labelled_images_without_label(raw_dataset_folder: str, dataset_json: dict) -> list[str]:
     """Names of the cases in `imagesTr/` that have no label file, in alphabetical order."""
     if "dataset" in dataset_json:

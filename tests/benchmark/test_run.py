@@ -12,9 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nnunetv2_semi.benchmark import local_pool
+from nnunetv2_semi.benchmark.cluster import cluster_executor
 from nnunetv2_semi.benchmark.local_pool import check_devices
 from nnunetv2_semi.benchmark.preparation import prepare
 from nnunetv2_semi.benchmark.study import read_study
@@ -166,13 +169,68 @@ def test_what_would_go_wrong_is_said_before_anything_is_trained(planned, monkeyp
 def test_a_study_without_unlabelled_or_test_cases_is_refused(planned, tmp_path):
     raw = planned / "nnUNet_raw" / "Dataset001_Phantom"
     (planned / "study.yaml").write_text(STUDY)
-    for folder, message in (("imagesUn", "trainers that need unlabelled"), ("labelsTs", "subset --test")):
+    for folder, message in (("imagesUn", "needs unlabelled cases"), ("labelsTs", "subset --test")):
         (raw / folder).rename(tmp_path / folder)
         try:
             with pytest.raises(UserError, match=message):
                 prepare(read_study(planned / "study.yaml"))
         finally:
             (tmp_path / folder).rename(raw / folder)
+
+
+def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(planned):
+    split = planned / "nnUNet_preprocessed" / "Dataset001_Phantom" / "splits_final.json"
+    (planned / "folds.yaml").write_text(STUDY + "folds: [all, 2]\n")
+    prepare(read_study(planned / "folds.yaml"))
+    assert len(json.loads(split.read_text())) == 3  # three labelled cases
+    (planned / "folds.yaml").write_text(STUDY + "folds: [3]\n")
+    with pytest.raises(UserError, match="has 3 folds.*asks for 3"):
+        prepare(read_study(planned / "folds.yaml"))
+    split.unlink()
+
+
+def test_data_sets_can_share_one_plan(planned):
+    from nnunetv2_semi.data.phantom import make_phantom_dataset
+
+    make_phantom_dataset(planned / "nnUNet_raw", 2, "Other", labelled=2, unlabelled=1, test=1, shape=(8, 20, 16),
+                         seed=1)
+    (planned / "shared.yaml").write_text(STUDY.replace("[1]", "[1, 2]") + "plans_from: 1\n")
+    prepared = prepare(read_study(planned / "shared.yaml"))
+    first, second = (json.loads(file.read_text())["configurations"]["3d_fullres"] for file in sorted(
+        planned.glob("nnUNet_preprocessed/*/nnUNetSemiCPUPlans.json")))
+    assert first["patch_size"] == second["patch_size"] and first["spacing"] == second["spacing"]
+    assert {job.dataset for job in prepared.jobs} == {"Dataset001_Phantom", "Dataset002_Other"}
+
+
+@pytest.mark.parametrize("cluster, message", [
+    ("{executor: local, device: cpu}", "must have timeout_min"),
+    ("{executor: local, device: tpu, timeout_min: 1}", "device must be cuda or cpu"),
+    ("{executor: nowhere, timeout_min: 1}", "cannot be used"),
+    ("{executor: local, timeout_min: 1, partition_: x}", "cannot be used"),
+])
+def test_a_cluster_that_cannot_be_used_is_refused_first(tmp_path, cluster, message):
+    pytest.importorskip("submitit")
+    (tmp_path / "study.yaml").write_text(STUDY[:STUDY.index("cluster:")] + f"cluster: {cluster}\n")
+    with pytest.raises(UserError, match=message):
+        cluster_executor(read_study(tmp_path / "study.yaml"))
+
+
+def test_an_unforeseen_error_in_one_training_stops_no_other(tmp_path, monkeypatch):
+    done = []
+
+    class Jobs(SimpleNamespace):
+        def write_record(self, state, **further):
+            self.state, self.error = state, further["error"]
+
+    def execute(job, device, stop_if_asked, cores):
+        if job.name == "first":
+            raise OSError("disk is full")
+        done.append(job.name)
+
+    monkeypatch.setattr(local_pool, "execute", execute)
+    first, second = Jobs(name="first"), Jobs(name="second")
+    local_pool.run_on_devices([first, second], ["cpu"], SimpleNamespace(look=lambda: None))
+    assert done == ["second"] and first.state == "failed" and "disk is full" in first.error
 
 
 def test_devices_that_are_not_there_are_refused():

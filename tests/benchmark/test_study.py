@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_semi.benchmark.comparability import check_unchanged
 from nnunetv2_semi.benchmark.jobs import Folders, jobs_of
 from nnunetv2_semi.benchmark.study import Study, read_study
 from nnunetv2_semi.benchmark.trainer_facts import differences
@@ -79,7 +80,7 @@ def test_what_decides_the_result_is_in_the_digest(tmp_path):
     (("seeds: [3, 4]", "seeds: []"), "seeds is empty"),
     (("seeds: [3, 4]", "seeds: [3, 3]"), "seeds has a value twice"),
     (("datasets:", "title: x\ndataset:"), "unknown key 'dataset'"),
-    (("folds: [0, all]", "folds: [first]"), "a fold is a number or all"),
+    (("folds: [0, all]", "folds: [first]"), "a fold is a number from 0 or all"),
     (("num_epochs: 5", "num_epochs: 5, seed: 1"), "list seeds"),
     (("name: RCPS without contrast", "names: x"), "unknown key 'names'.*Did you mean name"),
     (("  - nnUNetTrainer\n", "  - nnUNetTrainerSemiSupervised\n"), "two of trainers have the name Supervised"),
@@ -87,6 +88,13 @@ def test_what_decides_the_result_is_in_the_digest(tmp_path):
     (("upper_bound: 513", "upper_bound: 513\ncontrol: none of them"), "not the name of a trainer.*Supervised"),
     (("upper_bound: 513", "tolerance_mm: wide"), "tolerance_mm must be float"),
     (("datasets: [", "datasets: [[["), "is not YAML"),
+    (("datasets: [511", "datasets: [011"), "without zeros"),
+    (("folds: [0", "folds: [-1"), "a fold is a number from 0"),
+    (("name: RCPS without contrast", "name: 2024"), "name must be text"),
+    (("name: RCPS without contrast", "name: '-'"), "name must be text with letters"),
+    (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {round: 1}}\n"), "unknown key 'round'.*mean rounds"),
+    (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {rounds: 0}}\n"), "rounds must be a whole number"),
+    (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {keep: 1.5}}\n"), "keep must be a number above 0"),
 ])
 def test_a_wrong_file_is_refused_with_the_key(tmp_path, change, message):
     assert change[0] in STUDY
@@ -95,7 +103,7 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path, change, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere.yaml does not exist"):
+    with pytest.raises(UserError, match="nowhere.yaml cannot be read: No such file"):
         read_study(tmp_path / "nowhere.yaml")
 
 
@@ -106,3 +114,43 @@ def test_differences_are_found_unless_meant():
     assert differences(facts, ["iterations"]) == []
     facts["C"] = {**facts["A"], "unlabelled_batch_size": 4}
     assert differences(facts, ["iterations"]) == ["unlabelled_batch_size differs (A: 2, C: 4)"]
+
+
+def test_epochs_done_again_after_a_kill_count_once(tmp_path):
+    job = jobs(read_study(written(tmp_path, STUDY)), tmp_path)[0]
+    job.folder.mkdir(parents=True)
+    assert job.epochs_done(40) == 0
+    lines = [f"2026-01-01 10:00:00.000000: Epoch {epoch}\n10:01: Epoch time: 3 s\n"
+             for epoch in [*range(20), *range(10, 15)]]
+    job.training_log.write_text("".join(lines))
+    assert job.epochs_done(40) == 14
+    assert job.epochs_done(5) == 5
+
+
+def test_a_model_of_another_study_of_the_same_name_is_noticed(tmp_path):
+    job, other = jobs(read_study(written(tmp_path, STUDY)), tmp_path)[:2]
+    assert job.begun_with() is None
+    job.model.mkdir(parents=True)
+    (job.model / "study.json").write_text(json.dumps({"made_with": "another digest"}))
+    other.model.mkdir(parents=True)
+    (other.model / "checkpoint_best.pth").touch()
+    for begun in (job, other):
+        with pytest.raises(UserError, match="begun with other settings.*another study of this name"):
+            check_unchanged([begun])
+    (job.model / "study.json").write_text(json.dumps({"made_with": job.made_with()}))
+    check_unchanged([job])
+
+
+def test_a_job_is_worked_on_by_one_process_at_a_time(tmp_path):
+    job = jobs(read_study(written(tmp_path, STUDY)), tmp_path)[0]
+    job.write_record("running")
+    assert job.state_now() == "stopped"  # nobody holds the lock: it was killed
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with job.lock():
+        assert job.state_now() == "running"
+        with pytest.raises(KeyboardInterrupt):
+            with job.lock(stop):
+                raise AssertionError("two at a time")

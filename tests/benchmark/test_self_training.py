@@ -1,0 +1,301 @@
+"""Self-training through the command: killed and begun again; what it makes, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunetv2_semi import cli
+from nnunetv2_semi.benchmark import execution, self_training
+from nnunetv2_semi.benchmark.jobs import Folders, Job
+from nnunetv2_semi.benchmark.pseudo_labelled import pseudo_labelled_dataset
+from nnunetv2_semi.benchmark.self_training_input import Options, checked_start
+from nnunetv2_semi.benchmark.source_cases import read_source
+from nnunetv2_semi.benchmark.stability import read_scores
+from nnunetv2_semi.benchmark.study import Entry, Study
+from nnunetv2_semi.commands import CommandFailed
+
+SOURCE, NEW = "Dataset001_Phantom", "Dataset002_Phantom_selftrain1"
+PLANS = "nnUNetSemiCPUPlans"
+MODEL = f"nnUNetTrainerSemiSupervised__{PLANS}_selftrain__3d_fullres"
+CALL = ["selftrain", "-d", "1", "-p", PLANS, "-f", "0", "--keep", "0.4", "--snapshots", "1", "-device", "cpu",
+        "--disable_tta"]  # fmt: skip
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+SEMI = {"num_epochs": 3, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "save_every": 1,
+        "pictures": 0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """nnU-Net's folders with a planned and preprocessed phantom."""
+    from nnunetv2_semi.data.phantom import make_phantom_dataset
+
+    folder = tmp_path_factory.mktemp("selftrain")
+    for name in FOLDERS:
+        (folder / name).mkdir()
+    make_phantom_dataset(folder / "nnUNet_raw", 1, "Phantom", labelled=3, unlabelled=3, test=1, shape=(16, 20, 16))
+    program = Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"
+    subprocess.run([program, "-d", "1", "-pl", "nnUNetPlannerSemiCPU", "-c", "3d_fullres", "-npfp", "1", "-np", "1"],
+                   env=variables(folder), check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    file = folder / "nnUNet_preprocessed" / SOURCE / f"{PLANS}.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"].setdefault("semi", {}).update(SEMI)
+    file.write_text(json.dumps(plans))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def here(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workspace as nnU-Net's folders of this process."""
+    for name in FOLDERS:
+        monkeypatch.setenv(name, str(workspace / name))
+    return workspace
+
+
+def variables(workspace: Path) -> dict[str, str]:
+    return {**os.environ, **{name: str(workspace / name) for name in FOLDERS}, "nnUNet_def_n_proc": "1",
+            "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f", "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+
+
+def start(workspace: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "nnunetv2_semi.cli", *CALL], text=True, env=variables(workspace),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def cases(folder: Path) -> list[str]:
+    names = (file.name.removesuffix(".nii.gz") for file in folder.iterdir())
+    return sorted({name[:-5] if folder.name.startswith("images") else name for name in names})
+
+
+def voxels(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def contents(workspace: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for name in FOLDERS for file in (workspace / name).rglob("*") if file.is_file()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_killed_it_goes_on_labels_the_stable_cases_and_leaks_no_validation_case(workspace: Path) -> None:
+    raw, preprocessed, results = (workspace / name for name in FOLDERS)
+    out = results / SOURCE / f"selftrain__{MODEL}__fold_0"
+    killed = start(workspace)
+    try:
+        end = time.monotonic() + 600
+        while not (out / f"preprocess_{NEW}.log").exists() and killed.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        text, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, text
+    finished = [*(results / SOURCE).rglob("checkpoint_*.pth"), *out.rglob("*.nii.gz"), raw / NEW / "selftrain.json"]
+    before = {file: file.stat().st_mtime_ns for file in finished}
+    assert len(list(out.rglob("*.nii.gz"))) == 2 * 3
+
+    process = start(workspace)
+    try:
+        text, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == 0, text
+    assert text.count("$ nnUNetv2_") == 2 and "nnUNetv2_preprocess" in text, text
+    assert {file: file.stat().st_mtime_ns for file in finished} == before
+
+    # one of three unlabelled cases, the most stable one, has its final prediction as label
+    scores = read_scores(out / "round_1" / "stability.csv")
+    record = json.loads((raw / NEW / "selftrain.json").read_text())
+    (kept,) = record["pseudo_labelled"]
+    assert scores[kept] == max(score for score in scores.values() if score is not None)
+    assert record["stability"] == scores and record["made_by"]["dataset"] == SOURCE
+    labels = cases(raw / SOURCE / "labelsTr")
+    assert cases(raw / NEW / "imagesTr") == cases(raw / NEW / "labelsTr") == sorted([*labels, kept])
+    assert cases(raw / NEW / "imagesUn") == sorted(set(cases(raw / SOURCE / "imagesUn")) - {kept})
+    for folder in ("imagesTs", "labelsTs"):
+        assert cases(raw / NEW / folder) == cases(raw / SOURCE / folder)
+    label = raw / NEW / "labelsTr" / f"{kept}.nii.gz"
+    assert not label.is_symlink() and (raw / NEW / "labelsTr" / f"{labels[0]}.nii.gz").is_symlink()
+    assert np.array_equal(voxels(label), voxels(out / "round_1" / "predictions" / "final" / label.name))
+    assert json.loads((raw / NEW / "dataset.json").read_text())["numTraining"] == 4
+    assert (out / "round_1" / "stability.png").read_bytes().startswith(b"\x89PNG")
+
+    # the same plans and fold, with validation cases that have true labels and that nothing was trained on
+    first, second = (json.loads((preprocessed / dataset / f"{PLANS}_selftrain.json").read_text())
+                     for dataset in (SOURCE, NEW))  # fmt: skip
+    assert second == {**first, "dataset_name": NEW}
+    assert first["configurations"]["3d_fullres"]["semi"].items() >= {**SEMI, "snapshots": 1}.items()
+    ours, theirs = (json.loads((preprocessed / name / "splits_final.json").read_text())[0] for name in (NEW, SOURCE))
+    assert ours["val"] == theirs["val"] and ours["train"] == [*theirs["train"], kept]
+    assert not set(ours["val"]) & {*ours["train"], *cases(raw / SOURCE / "imagesUn")}
+
+    result = json.loads((out / "selftrain_result.json").read_text())
+    assert result["dataset"] == NEW and result["plans"] == f"{PLANS}_selftrain"
+    assert result["model"] == result["trainings"][-1] == str(results / NEW / MODEL / "fold_0")
+    assert all((Path(model) / "checkpoint_final.pth").is_file() for model in result["trainings"])
+    assert f"nnUNetv2_predict -d {NEW} -c 3d_fullres -f 0 -p {PLANS}_selftrain" in text
+
+
+def test_finished_it_does_nothing_more_and_mixes_no_options(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (here / "nnUNet_results" / NEW).exists():
+        pytest.skip("the test before made nothing")
+    before = contents(here)
+    assert cli.main(CALL) == 0
+    assert "$ nnUNetv2_" not in capsys.readouterr().out and contents(here) == before
+    assert cli.main([*CALL, "--keep", "0.9"]) == 1
+    assert "keep was 0.4, now 0.9" in capsys.readouterr().err
+    assert cli.main([*CALL, "--snapshots", "2"]) == 1
+    assert "models were trained with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    (["-d", "9"], "Could not find a dataset with the ID 9"),
+    (["-p", "nnUNetPlans"], "There is no .*nnUNetPlans.json"),
+    (["-c", "2d"], "is not preprocessed: nnUNetv2_preprocess -d 1 .* -c 2d"),
+    (["-c", "3d"], "have no configuration 3d; they have .*3d_fullres"),
+    (["-tr", "nnUNetTrainerSemiNone"], "finds no trainer nnUNetTrainerSemiNone"),
+    (["-tr", "nnUNetTrainer"], "nnUNetTrainer keeps no checkpoints on the way"),
+    (["-tr", "nnUNetTrainerSemiStock"], "nnUNetTrainerSemiStock keeps no checkpoints on the way"),
+    (["-tr", "nnUNetTrainerSemiMeanTeacher", "--keep", "0.9"], "leaves no unlabelled case"),
+    (["-f", "3"], "3 folds .* no fold 3"),
+    (["--keep", "0"], "--keep must be above 0"),
+    (["--rounds", "0"], "--rounds must be at least 1"),
+    (["--snapshots", "3"], "3 epochs has no room for 3 snapshots"),
+])  # fmt: skip
+def test_a_wrong_call_is_refused_before_anything_starts(
+    here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, change: list[str], message: str
+) -> None:
+    assert cli.main([*CALL, "--out", str(tmp_path / "out"), *change]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_variables_and_unlabelled_cases_are_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(here / "nnUNet_raw" / SOURCE, tmp_path / SOURCE, ignore=lambda folder, names: {"imagesUn"})
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert cli.main(CALL) == 1
+    assert "There are no unlabelled cases in" in capsys.readouterr().err
+    monkeypatch.delenv("nnUNet_results")
+    assert cli.main(CALL) == 1
+    assert "missing: nnUNet_results" in capsys.readouterr().err
+
+
+def test_a_labelled_image_among_the_unlabelled_ones_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(here / "nnUNet_raw" / SOURCE, tmp_path / SOURCE)
+    case = cases(tmp_path / SOURCE / "imagesTr")[0]
+    for image in (tmp_path / SOURCE / "imagesTr").glob(f"{case}_*"):
+        shutil.copy(image, tmp_path / SOURCE / "imagesUn" / image.name.replace(case, "renamed"))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert cli.main([*CALL, "--out", str(tmp_path / "out")]) == 1
+    assert "1 unlabelled case(s) hold the same image as a labelled case: renamed_0000" in capsys.readouterr().err
+
+
+def test_predictions_that_a_kill_cut_off_are_made_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = Folders.from_environment()
+    start = checked_start(Options(SOURCE, "3d_fullres", "all", PLANS, "nnUNetTrainerSemiSupervised", 0.5, 1, True),
+                          read_source(SOURCE), folders)  # fmt: skip
+    steps = self_training.SelfTraining(start, folders, tmp_path, "cpu", 1)
+    whole = min((here / "nnUNet_raw" / SOURCE / "labelsTr").iterdir())
+    unfinished = tmp_path / "predictions" / "final.unfinished"
+    unfinished.mkdir(parents=True)
+    done, cut_off, missing = (unfinished / file for file in steps.files)
+    shutil.copy(whole, done)
+    cut_off.write_bytes(whole.read_bytes()[:-40])
+    asked = []
+
+    def run_logged(*arguments: object) -> float:
+        asked.append([file.name for file in (done, cut_off, missing) if not file.exists()])
+        shutil.copy(whole, cut_off)
+        if len(asked) == 2:
+            shutil.copy(whole, missing)
+        return 0
+
+    monkeypatch.setattr(self_training, "run_logged", run_logged)
+    with pytest.raises(CommandFailed, match=f"no prediction for {missing.name}"):
+        steps.predict(SOURCE, "checkpoint_final.pth", tmp_path, "final")
+    folder = steps.predict(SOURCE, "checkpoint_final.pth", tmp_path, "final")
+    assert asked == [[cut_off.name, missing.name], [missing.name]]
+    assert sorted(file.name for file in folder.iterdir()) == steps.files and not unfinished.exists()
+
+
+def test_two_at_a_time_get_different_ids_and_each_finds_its_own_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(here / "nnUNet_raw" / SOURCE, tmp_path / SOURCE)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    source = read_source(SOURCE)
+    kept = sorted(source.unlabelled)
+    for case in kept:
+        shutil.copy(min((tmp_path / SOURCE / "labelsTr").iterdir()), tmp_path / f"{case}.nii.gz")
+
+    def made(keep: float) -> str:
+        return pseudo_labelled_dataset(source, 1, {"keep": keep}, tmp_path, tmp_path, dict.fromkeys(kept, keep), kept)
+
+    with ThreadPoolExecutor(4) as threads:
+        names = list(threads.map(made, [0.1, 0.2, 0.3, 0.4]))
+    assert len({name[:10] for name in names}) == 4
+    assert [made(keep) for keep in (0.1, 0.2, 0.3, 0.4)] == names
+    assert not (tmp_path / names[0] / "imagesUn").exists()  # all are labelled now
+
+
+def test_a_study_predicts_with_the_model_that_self_training_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = Folders(*(tmp_path / name for name in FOLDERS))
+    for name in ("labelsTr", "labelsTs"):
+        (folders.raw / SOURCE / name).mkdir(parents=True)
+    (folders.raw / SOURCE / "labelsTs" / "case.nii.gz").touch()
+    (folders.raw / SOURCE / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
+    (folders.preprocessed / SOURCE).mkdir(parents=True)
+    (folders.preprocessed / SOURCE / "P.json").write_text(json.dumps({"configurations": {"3d_fullres": {}}}))
+    entry = Entry("nnUNetTrainerSemiSupervised", selftrain={"rounds": 1, "keep": 0.3})
+    job = Job(Study(tmp_path / "study", (1,), (entry,)), entry, SOURCE, "method", "all", 0, "P", folders)
+    trainings = [tmp_path / "teacher", tmp_path / "student"]
+    commands = []
+
+    def run_watched(command: list[str], *further: object) -> None:
+        commands.append(command)
+        if "selftrain" in command:
+            parser = argparse.ArgumentParser()
+            self_training.add_arguments(parser)
+            out = parser.parse_args(command[command.index("selftrain") + 1 :]).out
+            out.mkdir(parents=True)
+            (out / "selftrain_result.json").write_text(json.dumps(
+                {"dataset": NEW, "plans": "Q", "trainings": list(map(str, trainings))}))  # fmt: skip
+            for seconds, model in enumerate(trainings, 3):
+                model.mkdir()
+                log = {"epoch_start_timestamps": [0.0], "epoch_end_timestamps": [float(seconds)]}
+                torch.save({"logging": log}, model / "checkpoint_final.pth")
+        else:
+            job.predictions.mkdir(parents=True)
+            (job.predictions / "case.nii.gz").touch()
+
+    monkeypatch.setattr(execution, "run_watched", run_watched)
+    monkeypatch.setattr(execution, "command_path", lambda name: name)
+    execution.execute(job, "cuda:1")
+    training, prediction = (" ".join(command) for command in commands)
+    assert f"selftrain -d {SOURCE} -c 3d_fullres -f all -tr {entry.trainer} -p {job.plans_name}" in training
+    assert "--rounds=1 --keep=0.3" in training and "-device cuda " in training
+    assert f"-d {NEW} " in prediction and "-p Q " in prediction
+    assert job.record["model"] == str(trainings[-1]) and job.record["training_seconds"] == 3 + 4
+    assert job.record["method"] == "Supervised, self-training"
