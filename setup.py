@@ -15,7 +15,7 @@ NNUNET_FOLDERS = {
 BENCHMARK = ["jinja2", "monai>=1.4", "pandas", "pyyaml", "statsmodels"]
 CLUSTER = ["submitit"]
 # Second libraries for metrics; stubs for mypy.
-TEST = ["pytest>=8", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
+TEST = ["pytest>=8", "pytest-xdist", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
 
 
 class EditableWheelWithoutNnunet(editable_wheel):

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ METRICS = ("dice", "jaccard", "hd95_mm", "asd_mm", "nsd")
 HIGHER_IS_BETTER = {"dice": True, "jaccard": True, "hd95_mm": False, "asd_mm": False, "nsd": True}
 COLUMNS = ("dataset", "group", "labelled", "method", "role", "seed", "fold", "case", "label", *METRICS,
            "truth_empty", "prediction_empty")  # fmt: skip
+LABEL_MEAN = "mean over labels"
 # Headers hold 32-bit floats, and files converted by other tools differ in the last digits.
 GEOMETRY_TOLERANCE = 1e-3
 
@@ -65,9 +66,16 @@ def measure_runs(
             name, or cannot be read; all in one message.
     """
     files = [case_files(run) for run in runs]
-    missing = [str(case.prediction) for run_files in files for case in run_files if not case.prediction.is_file()]
+    missing = [
+        f"{run.name}, {_listed(cases, 'prediction(s) missing', ', ')} (in {run.predictions})"
+        for run, run_files in zip(runs, files, strict=True)
+        if (cases := [case.name for case in run_files if not case.prediction.is_file()])
+    ]
     if missing:
-        raise UserError(f"{_listed(missing, 'prediction(s) missing')}. Predict these cases, or remove their truth.")
+        raise UserError(
+            f"{_listed(missing, 'run(s) lack test cases')}. For a study, 'nnunetv2_semi benchmark run' predicts them "
+            "again; else predict these cases, or remove their truth."
+        )
     readers = {run.truth: reader_name(run, run_files[0].truth) for run, run_files in zip(runs, files, strict=True)}
     tasks = [
         (index, run, case, readers[run.truth])
@@ -131,6 +139,34 @@ def measures_of_masks(
         "nsd": nsd.item(),
         **counts,
     }
+
+
+def label_means(measures: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the mean over labels of each case of each training, under the label ``LABEL_MEAN``."""
+    keys = ["dataset", "group", "labelled", "method", "role", "seed", "fold", "case"]
+    means = measures.groupby(keys, sort=False, dropna=False)[list(METRICS)].mean().reset_index()
+    return means.assign(label=LABEL_MEAN)
+
+
+def values_of(rows: pd.DataFrame, labels: Collection[str], cases: Collection[str]) -> np.ndarray:
+    """``(metrics, labels, trainings, cases)``, mean over folds; NaN where a training has no such case or label.
+
+    A training is a data set and a seed; unknown seeds are one seed.
+    """
+    metrics = list(METRICS)
+    keys = [rows["label"], rows["dataset"], rows["seed"].fillna(-1), rows["case"]]
+    wide = rows.groupby(keys)[metrics].mean().unstack("case")
+    trainings = wide.index.droplevel("label").unique()
+    index = pd.MultiIndex.from_tuples([(label, *training) for label in labels for training in trainings])
+    values = wide.reindex(index=index, columns=pd.MultiIndex.from_product([metrics, cases])).to_numpy(float)
+    return values.reshape(len(labels), len(trainings), len(metrics), len(cases)).transpose(2, 0, 1, 3)
+
+
+def dice_of_cases(rows: pd.DataFrame) -> pd.Series:
+    """Dice per case, mean over labels, folds and trainings; of measures with the rows of ``label_means``."""
+    cases = sorted(rows["case"].unique())
+    dice = values_of(rows, [LABEL_MEAN], cases)[METRICS.index("dice"), 0]
+    return pd.Series(np.nanmean(dice, axis=0), cases)
 
 
 def read_dataset_json(file: Path) -> dict:
@@ -239,6 +275,6 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _listed(items: Sequence[str], what: str) -> str:
-    shown = "; ".join(items[:10]) + (f"; and {len(items) - 10} more" if len(items) > 10 else "")
+def _listed(items: Sequence[str], what: str, separator: str = "; ") -> str:
+    shown = separator.join(items[:10]) + (f"{separator}and {len(items) - 10} more" if len(items) > 10 else "")
     return f"{len(items)} {what}: {shown}"

@@ -140,16 +140,16 @@ def write_report(
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"Reports need {', '.join(missing)}: pip install nnunetv2-semi[benchmark]")
+        raise UserError(f'Reports need {", ".join(missing)}: pip install "nnunetv2-semi[benchmark]"')
     if not (tolerance_mm >= 0 and worst_cases >= 0):
         raise UserError("The tolerance and the number of worst cases must not be negative.")
     import pandas as pd
     from nnunetv2.configuration import default_num_processes
 
-    from nnunetv2_semi.benchmark.measures import measure_runs
+    from nnunetv2_semi.benchmark.measures import label_means, measure_runs
     from nnunetv2_semi.benchmark.page import as_html, as_markdown
     from nnunetv2_semi.benchmark.sections import sections_of
-    from nnunetv2_semi.benchmark.statistics import label_means, summarise
+    from nnunetv2_semi.benchmark.statistics import summarise
 
     measures = measure_runs(runs, tolerance_mm, num_processes=num_processes or default_num_processes)
     summary = summarise(measures)

@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from nnunetv2_semi.benchmark.measures import LABEL_MEAN, dice_of_cases
 from nnunetv2_semi.benchmark.page import Section, Table
 from nnunetv2_semi.benchmark.plots import Style, curves_plot, efficiency_plot, paired_plot, styles_of
 from nnunetv2_semi.benchmark.runs import PredictedRun
 from nnunetv2_semi.benchmark.statistics import (
     BEHIND,
     FEWEST_CASES,
-    LABEL_MEAN,
     PRIMARY,
     SIGNIFICANT,
+    UNFAIR,
     Arm,
     control_of,
-    matrix_of,
+    pair_of,
     smallest_corrected_p,
     upper_bound_of,
 )
@@ -43,7 +44,7 @@ from nnunetv2_semi.benchmark.worst_cases import worst_cases_picture
 
 
 def arms_of(runs: Sequence[PredictedRun]) -> dict[Arm, list[PredictedRun]]:
-    """Runs that differ in nothing but seed and fold, by number of labelled cases; the upper bound is last."""
+    """Runs that differ in nothing but data set, seed and fold, by number of labelled cases; the upper bound is last."""
     arms: dict[Arm, list[PredictedRun]] = {}
     for run in runs:
         arms.setdefault(Arm(run.group, run.labelled, run.method, run.role), []).append(run)
@@ -87,30 +88,33 @@ def _result(arms: Runs, primary: pd.DataFrame) -> Section:
         row = summary_row(primary, arm)
         control = control_of(arm, arms)
         name = with_count(f"{arm.method}, {arm.group}" if several else arm.method, arm)
-        if control is None or not row["verdict"]:
+        if control is None or row["paired_cases"] == 0:
             lacking = "no control" if control is None else "no case in common with the control"
             dice = with_interval(row["mean"], row["low"], row["high"])
             points.append(f"**{name}: not compared,** because there is {lacking}. Dice {dice}.")
             continue
         difference = with_interval(row["difference"], row["difference_low"], row["difference_high"], signed=True)
-        points.append(
-            f"**{name}: {row['verdict']} the control.** Dice {number(row['mean'])} against "
-            f"{number(summary_row(primary, control)['mean'])}; difference {difference}, corrected p "
-            f"{p_value(row['p_corrected'])}, {counted(row['paired_cases'], 'case')}, {counted(row['seeds'], 'seed')}."
-        )
-    paired = [int(count) for count in primary.loc[primary["p"].notna(), "paired_cases"]]
+        found = f"{row['verdict']} the control.**" if row["verdict"] else f"no verdict,** because it was {UNFAIR}."
+        corrected = f", corrected p {p_value(row['p_corrected'])}" if row["verdict"] else ""
+        limits = [note[0].upper() + note[1:] for note in row["note"].split("; ") if note.startswith("compared ")]
+        points.append(". ".join([
+            f"**{name}: {found} Dice {number(row['mean'])} against {number(summary_row(primary, control)['mean'])}; "
+            f"difference {difference}{corrected}, {counted(row['paired_cases'], 'case')}, "
+            f"{counted(row['trainings'], 'training')}", *limits
+        ]) + ".")  # fmt: skip
+    paired = [int(count) for count in primary.loc[primary["p"].notna(), "differing_cases"]]
     paragraphs = [
         f"Ahead or behind: p below {SIGNIFICANT:g} in Wilcoxon's signed-rank test of the cases' Dice, after Holm's "
         f"correction for {counted(len(paired), 'comparison')}. Brackets: 95 % intervals."
-    ] if paired else ["Nothing was compared with a control."]  # fmt: skip
+    ] if paired else ["Nothing was tested against a control."]  # fmt: skip
     if paired and (smallest := smallest_corrected_p(paired)) >= SIGNIFICANT:
         paragraphs.append(
-            f"**No method can be ahead or behind here:** with {counted(max(paired), 'case')} and "
+            f"**No method can be ahead or behind here:** with {counted(max(paired), 'case')} that differ and "
             f"{counted(len(paired), 'comparison')} the test cannot give a corrected p below {p_value(smallest)}."
         )
-    if paired and primary["seeds"].min() == 1:
+    if paired and primary["trainings"].min() == 1:
         paragraphs.append(
-            "**Some rows have one seed.** Their interval and test say how these trainings differ on other cases, not "
+            "**Some rows have one training.** Their interval and test say how such rows differ on other cases, not "
             "what another training would give."
         )
     return Section("Result", paragraphs=paragraphs, points=points)
@@ -127,11 +131,12 @@ def _group_sections(
     trained = pd.DataFrame([row for arm, row in rows.items() if arm.role != "upper bound"])
     group, styles = next(iter(arms)).group, styles_of(arms)
     efficiency = [efficiency_plot(trained, rows[bound] if bound else None, styles, group)] if len(trained) else []
-    case_dice = {arm: matrix_of(rows_of(measures, arm), PRIMARY, LABEL_MEAN).mean() for arm in arms}
-    pairs = [
-        paired_plot(case_dice[control], case_dice[arm], control.method, arm.method, with_count(arm.group, arm))
-        for arm in arms if arm.role == "method" and (control := control_of(arm, arms)) is not None
-    ]  # fmt: skip
+    pairs = []
+    for arm in arms:
+        if arm.role == "method" and (control := control_of(arm, arms)) is not None:
+            pair = pair_of(rows_of(measures, arm), rows_of(measures, control))
+            dice = dice_of_cases(pair.control), dice_of_cases(pair.own)
+            pairs.append(paired_plot(*dice, control.method, arm.method, with_count(arm.group, arm)))
     differing, empties = settings_table(arms), empties_table(arms, measures)
     sections = [
         Section(
@@ -142,7 +147,7 @@ def _group_sections(
         Section("Dice", tables=[main_table(rows)], pictures=efficiency, level=level),
         Section(
             "Case by case",
-            ["A dot is a test case, mean over seeds. Above the line the method is higher than the control."]
+            ["A dot is a test case, mean over trainings. Above the line the method is higher than the control."]
             if pairs
             else [],
             pictures=pairs,
@@ -179,10 +184,10 @@ def _training(arms: Runs, styles: Mapping[str, Style], level: int) -> Section:
             curves.setdefault(with_count(arm.group, arm), {})[arm.method] = drawn
         if len(drawn) < len(runs):
             skipped.append(f"{with_count(name_of(arm), arm)}: {len(runs) - len(drawn)} of {len(runs)}")
-    columns = ("Labelled", "Method", "Trainings", "Wall time of one", "Of all")
+    columns = ("Labelled", "Method", "Models", "Wall time of one", "Of all")
     paragraphs = [] if table else ["The wall time of the trainings is not known."]
     if skipped:
-        paragraphs.append(f"Trainings without curves (no final checkpoint): {'; '.join(skipped)}.")
+        paragraphs.append(f"Models without curves (no final checkpoint): {'; '.join(skipped)}.")
     times = [Table("Time of training", columns, table, headers=2)] if table else []
     pictures = [curves_plot(drawn, styles, where) for where, drawn in curves.items()]
     return Section("Training", paragraphs, tables=times, pictures=pictures, level=level)
@@ -202,14 +207,18 @@ def _definitions(tolerance_mm: float) -> Section:
         "**Images without spacing** (.png): a pixel counts as 1 mm.",
         "**Empty structures** are counted, not left out. In neither truth nor prediction: Dice, Jaccard and NSD 1, "
         "HD95 and ASD 0. In one of them: Dice, Jaccard and NSD 0, HD95 and ASD the diagonal of the image.",
-        "**Mean**: over labels, then folds, then seeds of each case, then cases. **SD of cases**: of the cases' means. "
-        "**SD of seeds**: of the seeds' means.",
-        "**Intervals**: percentile bootstrap, seeds and cases drawn with replacement; cases alone where there is one "
-        "seed. With two or three seeds they are too narrow.",
-        f"**Test**: Wilcoxon's signed-rank test, two-sided, of the cases' means over labels, folds and seeds, method "
-        f"against the control with as many labelled cases. Fewer than {FEWEST_CASES} cases cannot give p below "
-        f"{SIGNIFICANT:g}. Dice alone is tested. Where mean and ranks point in different directions, the method counts "
-        f"as neither ahead nor {BEHIND}.",
+        "**Training**: one seed on one data set; its folds are averaged. Data sets with the same test cases and the "
+        "same number of labelled ones count as further trainings.",
+        "**Mean**: over labels, then folds, then trainings of each case, then cases. **SD of cases**: of the cases' "
+        "means. **SD of trainings**: of the trainings' means.",
+        "**Intervals**: percentile bootstrap, trainings and cases drawn with replacement; cases alone where there is "
+        "one training. With two or three trainings they are too narrow.",
+        "**Compared** with the control of as many labelled cases are the models of the same data set, seed and fold; "
+        "where they share no seed, those of the same data set and fold. Otherwise there is no verdict.",
+        "**Test**: Wilcoxon's signed-rank test, two-sided, of the cases' means over labels, folds and trainings, where "
+        f"these differ. Fewer than {FEWEST_CASES} cases that differ cannot give p below {SIGNIFICANT:g}. Dice "
+        "alone is tested. Where mean and ranks point in different directions, the method counts as neither ahead nor "
+        f"{BEHIND}.",
         "**Gap closed**: (method - control) / (upper bound - control), on the cases that all three have; undefined "
         "where the interval of upper bound - control includes 0.",
     ])  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from nnunetv2_semi.benchmark.measures import LABEL_MEAN
 from nnunetv2_semi.benchmark.page import Table
 from nnunetv2_semi.benchmark.runs import PredictedRun
-from nnunetv2_semi.benchmark.statistics import LABEL_MEAN, PRIMARY, Arm, control_of
+from nnunetv2_semi.benchmark.statistics import PRIMARY, Arm, control_of
 from nnunetv2_semi.benchmark.trained import settings_of
 
 METRIC_NAMES = {"dice": "Dice", "jaccard": "Jaccard", "hd95_mm": "HD95 (mm)", "asd_mm": "ASD (mm)", "nsd": "NSD"}
@@ -70,7 +71,7 @@ def summary_row(summary: pd.DataFrame, arm: Arm, metric: str = PRIMARY, label: s
 
 def main_table(rows: Mapping[Arm, pd.Series]) -> Table:
     """Dice with all that is said of it. ``rows``: of the summary."""
-    columns = ("Labelled", "Method", "Dice", "SD of cases", "SD of seeds", "Difference to control", "Corrected p",
+    columns = ("Labelled", "Method", "Dice", "SD of cases", "SD of trainings", "Difference to control", "Corrected p",
                "Gap closed")  # fmt: skip
     table = []
     for arm, row in rows.items():
@@ -79,7 +80,7 @@ def main_table(rows: Mapping[Arm, pd.Series]) -> Table:
             closed = f"{row['gap_closed']:.0%} [{row['gap_low']:.0%}, {row['gap_high']:.0%}]"
         table.append((
             labelled_of(arm), name_of(arm), with_interval(row["mean"], row["low"], row["high"]),
-            number(row["sd_cases"]), number(row["sd_seeds"]),
+            number(row["sd_cases"]), number(row["sd_trainings"]),
             with_interval(row["difference"], row["difference_low"], row["difference_high"], signed=True),
             p_value(row["p_corrected"]), closed,
         ))  # fmt: skip
@@ -116,7 +117,13 @@ def trainings_table(arms: Runs, rows: Mapping[Arm, pd.Series]) -> Table:
         for arm, runs in arms.items()
     ]  # fmt: skip
     columns = ("Labelled", "Method", "Test cases", "Seeds", "Folds", "Data set", "Model")
-    return Table("Trainings", columns, table, headers=2)
+    # Plain folders have no fold.
+    parted = any(run.fold not in (None, "all") for runs in arms.values() for run in runs)
+    note = (
+        "Labelled: cases in labelsTr. A model of a fold other than all was trained on a part of them: the validation "
+        "cases of its fold, by default one in five, are left out."
+    )
+    return Table("Trainings", columns, table, note if parted else "", headers=2)
 
 
 def settings_table(arms: Runs) -> Table:
@@ -124,7 +131,9 @@ def settings_table(arms: Runs) -> Table:
     labelled: dict[tuple[str, str, str, str], list[str]] = {}
     for arm, runs in arms.items():
         control = control_of(arm, arms) if arm.role == "method" else None
-        models = [runs[0].model, arms[control][0].model] if control else [None]
+        # Plans depend on the data set.
+        same_data = [run for run in arms[control] if run.dataset == runs[0].dataset] if control else []
+        models = [runs[0].model, (same_data or arms[control])[0].model] if control else [None]
         own, other = (settings_of(model) for model in models if model) if all(models) else ({}, {})
         rows = [(arm.method, name, value, other[name]) for name, value in own.items()
                 if name in other and value != other[name] and name != "semi.seed"]  # fmt: skip

@@ -45,7 +45,9 @@ def settings_of(model: Path) -> dict[str, str]:
 
     Empty where the folder is not nnU-Net's.
     """
-    trainer, plans_name, configuration = (model.parent.name.split("__") + ["", ""])[:3]
+    # The plans are named after the study, whose name may hold "__" too.
+    trainer, _, rest = model.parent.name.partition("__")
+    plans_name, _, configuration = rest.rpartition("__")
     plans = read_json_object(str(model.parent / "plans.json")) or {}
     content = plans.get("configurations", {}).get(configuration)
     if not isinstance(content, dict):

@@ -9,11 +9,18 @@ import numpy as np
 import pandas as pd
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-from nnunetv2_semi.benchmark.measures import case_files, read_dataset_json, read_segmentation, reader_name, structures
+from nnunetv2_semi.benchmark.measures import (
+    LABEL_MEAN,
+    case_files,
+    read_dataset_json,
+    read_segmentation,
+    reader_name,
+    structures,
+)
 from nnunetv2_semi.benchmark.page import Picture
 from nnunetv2_semi.benchmark.plots import overlay_picture
 from nnunetv2_semi.benchmark.runs import PredictedRun
-from nnunetv2_semi.benchmark.statistics import LABEL_MEAN, PRIMARY
+from nnunetv2_semi.benchmark.statistics import PRIMARY
 from nnunetv2_semi.pictures import COLOURS, PictureRow
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import medpy.metric.binary
@@ -227,8 +228,13 @@ def test_rows_follow_runs_cases_and_labels_whatever_process_is_first(tmp_path: P
 def test_missing_predictions_are_told_in_one_message(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_volume(np.zeros((3, 4, 5)), tmp_path / "labelsTs" / f"{name}.nii.gz")
-    with pytest.raises(UserError, match=r"2 prediction\(s\) missing: .*predicted.a.nii.gz; .*predicted.b.nii.gz"):
-        measure_runs([run_in(tmp_path)], 1.0, num_processes=1)
+    run = run_in(tmp_path)
+    expected = (
+        r"2 run\(s\) lack test cases: Dataset001_Test, Ours, fold all, seed 0, 2 prediction\(s\) missing: a, b "
+        r"\(in .*predicted\); Dataset001_Test, Ours, fold all, seed 1, 2 .*'nnunetv2_semi benchmark run' predicts them"
+    )
+    with pytest.raises(UserError, match=expected):
+        measure_runs([run, replace(run, seed=1)], 1.0, num_processes=1)
 
 
 @pytest.mark.parametrize("change, message", [

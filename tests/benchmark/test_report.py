@@ -21,8 +21,10 @@ from skimage import io
 from nnunetv2_semi.benchmark import report
 from nnunetv2_semi.benchmark.report import predictions_of, write_report
 from nnunetv2_semi.benchmark.runs import PredictedRun, Role
+from nnunetv2_semi.benchmark.statistics import Arm
 from nnunetv2_semi.benchmark.study import Study
-from nnunetv2_semi.benchmark.trained import curves_of
+from nnunetv2_semi.benchmark.tables import settings_table
+from nnunetv2_semi.benchmark.trained import curves_of, settings_of
 from nnunetv2_semi.errors import UserError
 
 CASES = [f"case_{index}" for index in range(7)]
@@ -175,7 +177,7 @@ def test_statements_follow_from_the_corrected_test(written: Path, page: Page) ->
     # Seven gains of seven cases, two comparisons: 2 * 2 / 2^7.
     assert summary_row(written, "Ours", 4)["p_corrected"] == pytest.approx(4 / 2**7)
     assert "Ours, 4 labelled: ahead of the control. Dice" in page.text
-    assert "corrected p 0.031, 7 cases, 2 seeds." in page.text
+    assert "corrected p 0.031, 7 cases, 2 trainings." in page.text
     assert summary_row(written, "Ours", 8)["p_corrected"] > 0.05
     assert "Ours, 8 labelled: not distinguishable from the control." in page.text
 
@@ -212,7 +214,7 @@ def test_settings_times_and_curves_of_the_models_are_shown(page: Page) -> None:
     assert "4 Ours 2 1.5 min 3.0 min" in page.text
     curves = [text for text in page.alternatives if text and text.startswith("Training curves")]
     assert curves == ["Training curves. Dice of patches: Baseline ends at 0.625; Ours ends at 0.625."] * 2
-    assert "Trainings without curves (no final checkpoint): Baseline (upper bound), 50 labelled: 2 of 2." in page.text
+    assert "Models without curves (no final checkpoint): Baseline (upper bound), 50 labelled: 2 of 2." in page.text
 
 
 def test_plots_tell_their_numbers(written: Path, page: Page) -> None:
@@ -238,7 +240,55 @@ def test_two_groups_have_a_part_each(study: list[PredictedRun], tmp_path: Path) 
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Ours, Abdomen, 4 labelled:" in page.text and "Ours, Thorax, 4 labelled:" in page.text
     assert page.text.count("Case by case") == 2
-    assert "Some rows have one seed." in page.text
+    assert "Some rows have one training." in page.text
+
+
+def test_comparison_of_other_folds_is_told_without_a_verdict(study: list[PredictedRun], tmp_path: Path) -> None:
+    runs = [replace(run, fold="1") if run.role == "method" else run for run in study if run.labelled == 4]
+    write_report(runs, tmp_path, "Folds", worst_cases=0, num_processes=1)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Ours, 4 labelled: no verdict, because it was trained on other data sets or folds than the" in page.text
+    assert "Nothing was tested against a control." in page.text
+    assert "A model of a fold other than all was trained on a part of them" in page.text
+
+
+def test_what_is_not_compared_is_told_and_not_drawn(study: list[PredictedRun], tmp_path: Path) -> None:
+    ours = [run for run in study if run.method == "Ours" and run.labelled == 8]
+    # Without the control's bad second seed there is nothing between them.
+    bad = next(run for run in study if run.role == "control" and run.labelled == 4)
+    control = [replace(ours[0], role="control", method="Baseline"), replace(bad, labelled=8, seed=1)]
+    runs = [replace(run, fold="all") for run in (*control, ours[0])]
+    write_report(runs, tmp_path, "Seeds", worst_cases=0, num_processes=1)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "1 training. Compared without seed 1 of the control." in page.text
+    assert "Scatter plot of Dice per case. Ours is higher in 0 of 7 cases, lower in 0." in page.alternatives
+    assert "the test cannot give a corrected p below 1.000" in page.text
+    assert "was trained on a part of them" not in page.text
+
+
+def test_settings_are_compared_with_the_control_on_the_same_data_set(tmp_path: Path) -> None:
+    arms: dict[Arm, list[PredictedRun]] = {}
+    # The plans of the data sets differ, and the first run of the control is of another data set.
+    for name, role, dataset, batch_size in [("Baseline", "control", "B", 4), ("Baseline", "control", "A", 2),
+                                            ("Ours", "method", "A", 2)]:  # fmt: skip
+        model = trained_model(tmp_path / f"{name}_{dataset}", "nnUNetTrainerPlain")
+        plans = {"configurations": {"3d_fullres": {"batch_size": batch_size}}}
+        (model.parent / "plans.json").write_text(json.dumps(plans))
+        run = PredictedRun(dataset, "Abdomen", 4, name, role, 0, "all", tmp_path, tmp_path, None, tmp_path, model)
+        arms.setdefault(Arm("Abdomen", 4, name, role), []).append(run)
+    assert settings_table(arms).rows == []
+
+
+def test_settings_are_found_whatever_the_study_is_called(tmp_path: Path) -> None:
+    plans = {"configurations": {"3d_fullres": {"batch_size": 2}}}
+    folder = tmp_path / "nnUNetTrainerOurs__Plans_my__study__Ours_seed0__3d_fullres"
+    (folder / "fold_0").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    assert settings_of(folder / "fold_0") == {
+        "trainer": "nnUNetTrainerOurs", "plans": "Plans_my__study__Ours_seed0", "configuration": "3d_fullres",
+        "batch_size": "2",
+    }  # fmt: skip
+    assert settings_of(tmp_path / "other" / "fold_0") == {}
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -289,7 +339,7 @@ def test_wrong_calls_are_told(
 
 def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "statsmodels", None)
-    with pytest.raises(UserError, match=r"Reports need statsmodels: pip install nnunetv2-semi\[benchmark\]"):
+    with pytest.raises(UserError, match=r'Reports need statsmodels: pip install "nnunetv2-semi\[benchmark\]"'):
         write_report([], tmp_path, "")
 
 

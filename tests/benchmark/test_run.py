@@ -145,8 +145,9 @@ def test_on_a_cluster(workspace):
         "  - nnUNetTrainerThatFails\n", "").replace("num_epochs: 4", "num_epochs: 1"))
     code, text = output_of(workspace, "run", "clustered.yaml", "--cluster")
     assert code == 0 and "1 of 1 trainings finished" in text, text
-    record = json.loads(next((workspace / "clustered" / "runs").glob("*/run.json")).read_text())
-    assert record["state"] == "finished" and record["cluster_job"]
+    folder = next((workspace / "clustered" / "runs").iterdir())
+    assert json.loads((folder / "run.json").read_text())["state"] == "finished"
+    assert json.loads((folder / "cluster.json").read_text())["executor"] == "local"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -192,7 +193,7 @@ def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(plann
 def test_data_sets_can_share_one_plan(planned):
     from nnunetv2_semi.data.phantom import make_phantom_dataset
 
-    make_phantom_dataset(planned / "nnUNet_raw", 2, "Other", labelled=2, unlabelled=1, test=1, shape=(8, 20, 16),
+    make_phantom_dataset(planned / "nnUNet_raw", 2, "Other", labelled=2, unlabelled=1, test=1, shape=(12, 20, 16),
                          seed=1)
     (planned / "shared.yaml").write_text(STUDY.replace("[1]", "[1, 2]") + "plans_from: 1\n")
     prepared = prepare(read_study(planned / "shared.yaml"))

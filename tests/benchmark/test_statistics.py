@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from nnunetv2_semi.benchmark.measures import COLUMNS, METRICS
+from nnunetv2_semi.benchmark.measures import COLUMNS, LABEL_MEAN, METRICS
 from nnunetv2_semi.benchmark.statistics import (
     AHEAD,
     BEHIND,
-    LABEL_MEAN,
     LEVEL,
     bootstrap_means,
     holm,
@@ -36,6 +36,7 @@ def measures_of(
     seeds: list[int | None] | None = None,
     cases: list[str] | None = None,
     fold: str = "all",
+    dataset: str = "Dataset001_Test",
     labels: tuple[str, ...] = ("liver",),
 ) -> pd.DataFrame:
     """A table of measures with ``values`` (seeds, cases) as Dice of every label; other metrics follow from it."""
@@ -45,7 +46,7 @@ def measures_of(
     for (i, seed), (j, case), label in itertools.product(enumerate(seeds), enumerate(cases), labels):
         dice = values[i, j]
         metrics = {"dice": dice, "jaccard": dice / 2, "hd95_mm": 10 * (1 - dice), "asd_mm": 1 - dice, "nsd": dice}
-        described = ("Dataset001_Test", "Test", labelled, method, role, seed, fold, case, label)
+        described = (dataset, "Test", labelled, method, role, seed, fold, case, label)
         rows.append(dict(zip(COLUMNS, described, strict=False)) | metrics
                     | {"truth_empty": False, "prediction_empty": False})  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"labelled": "Int64", "seed": "Int64"})
@@ -65,13 +66,13 @@ def random_dice(seed: int, shape: tuple[int, int], mean: float = 0.7) -> np.ndar
     return np.random.default_rng(seed).normal(mean, 0.05, shape)
 
 
-def test_mean_and_standard_deviations_are_of_case_means_and_seed_means() -> None:
+def test_mean_and_standard_deviations_are_of_case_means_and_training_means() -> None:
     values = np.array([[0.5, 0.7, 0.9], [0.7, 0.7, 0.7]])
     row = row_of(summary_of(measures_of(values)))
     assert row["mean"] == pytest.approx(0.7)
     assert row["sd_cases"] == pytest.approx(np.std([0.6, 0.7, 0.8], ddof=1))
-    assert row["sd_seeds"] == pytest.approx(0)
-    assert (row["cases"], row["seeds"]) == (3, 2)
+    assert row["sd_trainings"] == pytest.approx(0)
+    assert (row["cases"], row["trainings"]) == (3, 2)
     assert row["low"] < 0.7 < row["high"]
 
 
@@ -105,17 +106,18 @@ def test_bootstrap_of_one_seed_has_the_spread_of_the_mean_over_cases() -> None:
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.1 * reach)
 
 
-def test_bootstrap_equals_a_loop_over_drawn_rows_and_columns() -> None:
-    values = random_dice(1, (3, 4))
-    values[1, 2] = math.nan
+@pytest.mark.parametrize("missing", [0, 1])
+def test_bootstrap_equals_a_loop_over_drawn_rows_and_columns(missing: int) -> None:
+    values = random_dice(1, (6, 4)).reshape(2, 3, 4)
+    values[1, 1, 2:][:missing] = math.nan
     drawn = bootstrap_means([values], 50, 7)[0]
-    generator = np.random.default_rng(7)
-    case_draws = generator.multinomial(4, [0.25] * 4, size=50)
-    seed_draws = generator.multinomial(3, [1 / 3] * 3, size=50)
-    for mean, cases, seeds in zip(drawn, case_draws, seed_draws, strict=True):
-        resampled = np.repeat(np.repeat(values, seeds, axis=0), cases, axis=1)
-        present = ~np.isnan(resampled).all(axis=0)
-        assert mean == pytest.approx(np.nanmean(resampled[:, present], axis=0).mean())
+    case_draws = np.random.default_rng([7, 0]).multinomial(4, [0.25] * 4, size=50)
+    training_draws = np.random.default_rng([7, 1]).multinomial(3, [1 / 3] * 3, size=50)
+    for matrix, means in zip(values, drawn, strict=True):
+        for mean, cases, trainings in zip(means, case_draws, training_draws, strict=True):
+            resampled = np.repeat(np.repeat(matrix, trainings, axis=0), cases, axis=1)
+            present = ~np.isnan(resampled).all(axis=0)
+            assert mean == pytest.approx(np.nanmean(resampled[:, present], axis=0).mean())
 
 
 def test_bootstrap_is_repeatable_and_draws_the_same_cases_for_all() -> None:
@@ -124,6 +126,14 @@ def test_bootstrap_is_repeatable_and_draws_the_same_cases_for_all() -> None:
     assert np.array_equal(one, same)
     assert np.array_equal(one, bootstrap_means([values[:1]], 100, 5)[0])
     assert not np.array_equal(one, bootstrap_means([values[:1]], 100, 6)[0])
+
+
+def test_bootstrap_draws_the_same_trainings_for_the_first_two_if_these_are_matched() -> None:
+    values = random_dice(0, (3, 10))
+    first, second, third = bootstrap_means([values] * 3, 100, 5, matched=True)
+    assert np.array_equal(first, second) and not np.array_equal(first, third)
+    first, second = bootstrap_means([values] * 2, 100, 5)
+    assert not np.array_equal(first, second)
 
 
 def test_holm_equals_the_values_worked_out_by_hand() -> None:
@@ -142,6 +152,18 @@ def test_signed_rank_test_equals_the_value_worked_out_by_hand() -> None:
     assert signed_rank_test(np.full(8, 1e-15)) == (1.0, 0.0)
 
 
+def test_equal_cases_do_not_take_part_in_the_signed_rank_test() -> None:
+    # Five gains: 2 of 2^5 sign patterns, however many cases are equal.
+    gains = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert signed_rank_test(np.array(gains + [0.0] * 15)) == (pytest.approx(2 / 32), 1.0)
+    control = random_dice(0, (1, 20))
+    ours = control.copy()
+    ours[0, :5] += gains
+    row = row_of(summary_of(measures_of(control, "Control", "control"), measures_of(ours)))
+    assert row["verdict"] == LEVEL and (row["differing_cases"], row["paired_cases"]) == (5, 20)
+    assert "Dice differs in 5 of 20 cases: the test cannot reach p < 0.05" in row["note"]
+
+
 def test_difference_is_paired_by_case() -> None:
     control = random_dice(0, (3, 12))
     gain = np.linspace(0.01, 0.03, 12)
@@ -153,7 +175,7 @@ def test_difference_is_paired_by_case() -> None:
     one_seed = row_of(summary_of(measures_of(control[:1], "Control", "control"), measures_of(control[:1] + gain)))
     # The spread between cases is in both, and cancels out.
     assert one_seed["difference_high"] - one_seed["difference_low"] < 0.3 * (one_seed["high"] - one_seed["low"])
-    assert "1 seed: interval over cases only" in one_seed["note"]
+    assert "1 training: interval over cases only" in one_seed["note"]
 
 
 def test_holm_counts_all_methods_and_numbers_of_labelled_cases_but_no_control_or_upper_bound() -> None:
@@ -195,18 +217,93 @@ def test_gap_is_undefined_where_the_upper_bound_is_not_ahead() -> None:
         assert math.isnan(row["gap_closed"]) and "upper bound is behind" in row["note"]
 
 
-def test_method_that_lacks_a_seed_is_compared_and_said_to() -> None:
+def test_comparison_uses_the_seeds_that_both_have() -> None:
+    values = random_dice(0, (3, 10))
+    control, two = measures_of(values, "Control", "control"), measures_of(values[:2] + 0.05)
+    row = row_of(summary_of(control, two))
+    assert row["difference"] == pytest.approx(0.05) and row["verdict"] == AHEAD
+    assert row["note"] == "compared without seed 2 of the control"
+    row = row_of(summary_of(measures_of(values[1:], "Control", "control", seeds=[1, 2]), two))
+    assert row["difference"] == pytest.approx(0.05) and row["mean"] == pytest.approx(values[:2].mean() + 0.05)
+    assert "compared without seed 0, which the control lacks; compared without seed 2 of the control" in row["note"]
+
+
+def test_method_with_other_seeds_than_the_control_is_compared_with_all_of_them() -> None:
     control = random_dice(0, (3, 10))
-    row = row_of(summary_of(measures_of(control, "Control", "control"), measures_of(control[:2] + 0.05)))
+    tables = measures_of(control, "Control", "control"), measures_of(control[:2] + 0.05, seeds=[5, 6])
+    row = row_of(summary_of(*tables))
     assert row["difference"] == pytest.approx((control[:2].mean(0) + 0.05 - control.mean(0)).mean())
-    assert "other seeds than the control (2, not 3)" in row["note"]
+    assert row["note"] == "compared with other seeds of the control" and row["verdict"] != ""
+
+
+def test_comparison_uses_the_folds_that_both_have() -> None:
+    # Fold 1 is better than fold 0 for whatever method.
+    values = random_dice(0, (2, 20))
+    control = [measures_of(values + 0.1 * fold, "Control", "control", fold=str(fold)) for fold in (0, 1)]
+    row = row_of(summary_of(*control, measures_of(values + 0.1, fold="1")))
+    assert row["difference"] == 0 and row["p"] == 1 and row["verdict"] == LEVEL
+    assert "compared without seed 0 fold 0, seed 1 fold 0 of the control" in row["note"]
+    row = row_of(summary_of(*control, measures_of(values + 0.1, fold="1", seeds=[5, 6])))
+    assert row["difference"] == pytest.approx(0) and "compared with other seeds of the control" in row["note"]
+
+
+def test_method_with_other_folds_than_the_control_has_no_verdict() -> None:
+    values = random_dice(0, (2, 20))
+    control = [measures_of(values, "Control", "control", fold=fold) for fold in "01"]
+    bound = measures_of(values + 0.2, "Bound", "upper bound", 100)
+    row = row_of(summary_of(*control, measures_of(values + 0.1, fold="2"), bound))
+    assert row["difference"] == pytest.approx(0.1) and row["difference_low"] < 0.1 < row["difference_high"]
+    assert row["verdict"] == "" and math.isnan(row["p_corrected"]) and math.isnan(row["gap_closed"])
+    assert "no verdict: trained on other data sets or folds than the control" in row["note"]
+
+
+def test_other_seeds_with_other_shares_of_folds_have_no_verdict() -> None:
+    values = random_dice(0, (2, 20))
+    control = [measures_of(values, "Control", "control", fold=fold) for fold in "01"]
+    ours = measures_of(values, fold="0", seeds=[5, 6]), measures_of(values[:1] + 0.1, fold="1", seeds=[5])
+    assert row_of(summary_of(*control, *ours))["verdict"] == ""
+    ours = measures_of(values, fold="0", seeds=[5, 6]), measures_of(values + 0.1, fold="1", seeds=[5, 6])
+    assert row_of(summary_of(*control, *ours))["verdict"] == AHEAD
+
+
+def test_data_sets_with_one_number_of_labelled_cases_are_trainings_of_their_own() -> None:
+    values = random_dice(0, (2, 12))
+    gain = np.linspace(0.01, 0.03, 12)
+    tables = []
+    for index, dataset in enumerate(("Dataset001_A", "Dataset002_B")):
+        # The labelled cases of B are much better chosen.
+        tables += [measures_of(values + 0.2 * index, "Control", "control", dataset=dataset),
+                   measures_of(values + 0.2 * index + gain, dataset=dataset)]  # fmt: skip
+    row = row_of(summary_of(*tables))
+    assert row["trainings"] == 4 and row["note"] == ""
+    assert row["sd_trainings"] == pytest.approx(np.concatenate([values.mean(1), values.mean(1) + 0.2]).std(ddof=1))
+    assert row["high"] - row["low"] > 0.1
+    # What a draw of labelled cases does to both cancels out.
+    assert row["difference"] == pytest.approx(0.02)
+    assert row["difference_high"] - row["difference_low"] < 0.02
+    only_a = row_of(summary_of(*tables[:3]))
+    assert only_a["difference"] == pytest.approx(0.02)
+    left_out = "data set Dataset002_B seed 0, data set Dataset002_B seed 1"
+    assert f"compared without {left_out} of the control" in only_a["note"]
+
+
+def test_a_study_of_ten_methods_is_summarised_in_seconds() -> None:
+    labels = ("liver", "kidney", "spleen")
+    control = random_dice(0, (3, 60), 0.6)
+    tables = [measures_of(control, "Control", "control", labels=labels),
+              measures_of(control + 0.2, "Bound", "upper bound", 100, labels=labels)]  # fmt: skip
+    tables += [measures_of(control + random_dice(i, (3, 60), 0.05), f"M{i}", labels=labels) for i in range(10)]
+    table = pd.concat(tables, ignore_index=True)
+    before = time.process_time()
+    summarise(table)
+    assert time.process_time() - before < 20
 
 
 def test_seeds_of_unknown_number_are_one_seed() -> None:
     control = random_dice(0, (1, 8))
     other = measures_of(control, "Control", "control", None, seeds=[None])
     row = row_of(summary_of(other, measures_of(control + 0.1, labelled=None, seeds=[None])))
-    assert row["seeds"] == 1 and row["difference"] == pytest.approx(0.1) and pd.isna(row["labelled"])
+    assert row["trainings"] == 1 and row["difference"] == pytest.approx(0.1) and pd.isna(row["labelled"])
 
 
 def test_comparison_uses_the_cases_that_both_have() -> None:
@@ -225,7 +322,7 @@ def test_comparison_uses_the_cases_that_both_have() -> None:
 def test_few_cases_are_said_to_be_too_few(cases: int) -> None:
     control = random_dice(0, (2, cases))
     row = row_of(summary_of(measures_of(control, "Control", "control"), measures_of(control + 0.1)))
-    assert f"{cases} cases: the test cannot reach p < 0.05" in row["note"]
+    assert f"Dice differs in {cases} of {cases} cases: the test cannot reach p < 0.05" in row["note"]
     assert row["verdict"] == LEVEL
     assert math.isnan(row["low"]) == (cases == 1)
 
