@@ -36,6 +36,9 @@ def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders
             _run(study, dataset, "nnUNetv2_extract_fingerprint", ["-d", number, "-np", processes])
             _run(study, dataset, "nnUNetv2_move_plans_between_datasets", ["-s", str(source), "-t", dataset,
                                                                           "-sp", plans, "-tp", plans])
+            # nnU-Net's planner copies it, its mover of plans does not
+            write_json_whole(str(folder / "dataset.json"),
+                             json.loads((folders.raw / dataset / "dataset.json").read_text(encoding="utf-8")))
         if not file.is_file():
             raise CommandFailed(f"Planning wrote no {file}: {study.planner} does not make plans {plans}.")
         # what was begun and killed may have left a case half written
