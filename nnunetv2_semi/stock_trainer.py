@@ -33,8 +33,11 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
         self.initial_lr = self.settings.initial_lr
         self.enable_deep_supervision = self.settings.deep_supervision
         self._trained_here = False
+
+    def initialize(self) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(self.settings.seed)
+        super().initialize()
 
     def configure_optimizers(self) -> tuple[Optimizer, LRScheduler]:
         optimizer, schedule = super().configure_optimizers()

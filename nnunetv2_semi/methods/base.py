@@ -176,20 +176,20 @@ class Method(nn.Module):
         return weight * self.settings.unlabelled_weight * sigmoid_ramp_up(self.progress, ramp_fraction)
 
     def passes(self, network: nn.Module, *images: torch.Tensor, together: bool = False) -> Iterator[Any]:
-        """What the network gives for each of ``images``: one joint pass, or each pass when it is asked for.
+        """What the network gives for each of ``images``: in one pass, or each pass when it is asked for.
 
-        together: a term needs the graphs of all of them at once. Where they are not joined, as many images go through
-        in a pass as the plan has room for, and each pass is checkpointed: no more than one graph exists at any time.
+        together: a term needs the graphs of all of them at once. Where one pass has no room, as many images go through
+        at a time as the plan has room for, and each pass is checkpointed: no more than one graph exists at any time.
+        On a processor "one pass" keeps the graphs of all images side by side instead of joining them.
         """
-        if self.context.one_pass:
-            yield from _joined(network, images)
-        elif together:
-            run = partial(checkpoint, network, use_reentrant=False)
-            for first in range(0, len(images), self.context.images_per_pass):
-                yield from _joined(run, images[first:first + self.context.images_per_pass])
-        else:
-            for image in images:
-                yield network(image)
+        one_pass, joins = self.context.one_pass, joins_batches(images[0].device)
+        run = partial(checkpoint, network, use_reentrant=False) if together and not one_pass else network
+        if one_pass and not joins:
+            yield from [run(image) for image in images]
+            return
+        at_once = len(images) if one_pass else self.context.images_per_pass if together and joins else 1
+        for first in range(0, len(images), at_once):
+            yield from _joined(run, images[first:first + at_once])
 
     def note_agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Log the share of unlabelled voxels at which teacher and student probabilities decide the same."""
@@ -231,6 +231,11 @@ class Method(nn.Module):
         if cls.build_student.__func__ is not Method.build_student.__func__:  # type: ignore[attr-defined]
             return {}
         return {"": (list(range(num_channels)), weights)}
+
+
+def joins_batches(device: torch.device) -> bool:
+    """Whether one large batch is faster than several small ones: not on a processor."""
+    return device.type != "cpu"
 
 
 def _joined(network: Callable[[torch.Tensor], Any], images: Sequence[torch.Tensor]) -> Iterator[Any]:

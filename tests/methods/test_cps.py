@@ -3,6 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from nnunetv2_semi.methods import base
 from nnunetv2_semi.methods.cps import CPS, CPSSettings
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.step import TrainingStep
@@ -77,7 +78,8 @@ def test_twins_teach_each_other_what_they_decide_themselves(small):
 
 @pytest.mark.parametrize("one_pass, passes", [(False, {"first": [True] * 2, "second": [False, True] * 2}),
                                               (True, {"first": [True], "second": [True]})])
-def test_passes_with_and_without_a_graph(small, one_pass, passes):
+def test_passes_with_and_without_a_graph(small, monkeypatch, one_pass, passes):
+    monkeypatch.setattr(base, "joins_batches", lambda device: True)
     method, seen = make(small, one_pass=one_pass), {"first": [], "second": []}
     for name, network in (("first", method.student), ("second", method.second)):
         network.register_forward_hook(lambda *_, n=name: seen[n].append(torch.is_grad_enabled()))

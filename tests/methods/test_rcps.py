@@ -12,6 +12,7 @@ from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     cosine_consistency,
     rectified_pseudo_supervision,
 )
+from nnunetv2_semi.methods import base
 from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
 from nnunetv2_semi.step import TrainingStep
 
@@ -61,12 +62,28 @@ def test_all_arrangements_do_the_same_step(small, arrangement, deep_supervision)
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_one_pass_calls_the_network_once_and_others_as_often_as_the_plan_asks(small):
+@pytest.mark.parametrize("joins", [True, False])
+def test_one_pass_calls_the_network_once_and_others_as_often_as_the_plan_asks(small, monkeypatch, joins):
+    monkeypatch.setattr(base, "joins_batches", lambda device: joins)
     for kinds, calls in [({"one_pass": True}, 1), ({"images_per_pass": 3}, 2), ({"images_per_pass": 4}, 2), ({}, 6)]:
         method, count = make(small, **kinds), []
         method.student.register_forward_hook(lambda *_, count=count: count.append(1))
         list(method.loss(small.batch()))
-        assert len(count) == calls
+        assert len(count) == (calls if joins else 6)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("kinds", [{"one_pass": True}, {"images_per_pass": 2}, {}])
+def test_joined_batches_and_graphs_side_by_side_give_the_same(small, monkeypatch, kinds, together):
+    gradients = []
+    for joins in (True, False):
+        monkeypatch.setattr(base, "joins_batches", lambda device, joins=joins: joins)
+        method, batch = make(small, **kinds), small.batch()
+        outputs = list(method.passes(method.student, batch.labelled, batch.unlabelled, together=together))
+        gradients.append(torch.autograd.grad(sum(full_resolution(output).square().sum() for output in outputs),
+                                             list(method.student.parameters()), allow_unused=True,
+                                             materialize_grads=True))
+    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*gradients, strict=True))
 
 
 def test_pseudo_supervision_is_the_papers_sum_over_views_streams_and_outputs(small):

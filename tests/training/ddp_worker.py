@@ -30,7 +30,8 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
         method = SemiCML(student, SemiCMLSettings(modalities=names, asc=False, prel_noise=0.0), context())
     elif kind == "RCPS":
         method = RCPS(small_network(2, 3), RCPSSettings(num_negatives=9, negatives_from_all_processes=True,
-                                                        view_noise=0.0, view_scale=0.0, view_shift=0.0), context())
+                                                        view_noise=0.0, view_scale=0.0, view_shift=0.0,
+                                                        view_gamma=0.0), context())
     else:
         method = MeanTeacher(small_network(2, 3), MeanTeacherSettings(noise=0.0), context())
     step = TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=rank,
