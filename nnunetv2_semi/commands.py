@@ -174,6 +174,20 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def exit_status_of(work: Callable[[], int]) -> int:
+    """Exit status of a command that can be begun again: what ``work`` returns, 1 after a failed command, 130 after
+    Ctrl-C, with a message."""
+    try:
+        with ended_by_sigterm():
+            return work()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where this one stopped.", file=sys.stderr)
+        return 130
+    except CommandFailed as failure:
+        print(f"\n{failure}", file=sys.stderr)
+        return 1
+
+
 def _signal_group(process: subprocess.Popen[bytes], signal_number: int) -> None:
     try:
         if hasattr(os, "killpg"):

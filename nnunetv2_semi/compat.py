@@ -10,6 +10,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunetv2_semi.methods.settings import Settings
+
 
 def plain_dataloaders(get_dataloaders: Callable[[], tuple]) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
     """nnU-Net's training and validation loaders without the augmenters that draw from them unseeded.
@@ -33,3 +35,10 @@ def training_transforms_without_target(trainer: nnUNetTrainer) -> Callable:
 def crossval_split(identifiers: list[str], num_folds: int) -> list[dict[str, list[str]]]:
     """nnU-Net's own seeded split, with another number of folds."""
     return generate_crossval_split(sorted(identifiers), seed=12345, n_splits=num_folds)
+
+
+def take_over_settings(trainer: nnUNetTrainer, settings: Settings) -> None:
+    """Those of our settings that are attributes of nnU-Net's trainer."""
+    for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every", "initial_lr"):
+        setattr(trainer, name, getattr(settings, name))
+    trainer.enable_deep_supervision = settings.deep_supervision

@@ -10,7 +10,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nnunetv2_semi import training_data
+from nnunetv2_semi import compat, training_data
 from nnunetv2_semi.data.whole_files import whole_file
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 
@@ -26,12 +26,7 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = settings_from_plan(Settings, self.configuration_manager.configuration.get("semi", {}), "Stock")
-        self.num_epochs = self.settings.num_epochs
-        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
-        self.save_every = self.settings.save_every
-        self.initial_lr = self.settings.initial_lr
-        self.enable_deep_supervision = self.settings.deep_supervision
+        compat.take_over_settings(self, self.settings)
         self._trained_here = False
 
     def initialize(self) -> None:

@@ -73,12 +73,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.configuration_manager = self.plans_manager.get_configuration(configuration)
         self.logger.update_config({"semi": {"method": name, **self.semi}})
 
-        self.num_epochs = self.settings.num_epochs
-        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
-        self.save_every = self.settings.save_every
-        self.initial_lr = self.settings.initial_lr
-        self.enable_deep_supervision = self.settings.deep_supervision
+        compat.take_over_settings(self, self.settings)
 
         self.schedules: list = []
         self._epoch_values = EpochValues()

@@ -19,7 +19,7 @@ from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import Settings
 
-_NNUNET_FOLDS = 5
+NNUNET_FOLDS = 5
 
 
 def write_small_split(trainer: nnUNetTrainer) -> None:
@@ -32,7 +32,7 @@ def write_small_split(trainer: nnUNetTrainer) -> None:
         return
     folder = trainer.preprocessed_dataset_folder
     cases = infer_dataset_class(folder).get_identifiers(folder)
-    if len(cases) >= _NNUNET_FOLDS:
+    if len(cases) >= NNUNET_FOLDS:
         return
     if len(cases) < 2 or trainer.fold >= len(cases):
         raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "

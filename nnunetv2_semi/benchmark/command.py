@@ -12,7 +12,7 @@ from nnunetv2_semi.benchmark import report
 from nnunetv2_semi.benchmark.jobs import Job
 from nnunetv2_semi.benchmark.runs import PredictedRun
 from nnunetv2_semi.benchmark.study import Study, read_study
-from nnunetv2_semi.commands import CommandFailed, ended_by_sigterm
+from nnunetv2_semi.commands import exit_status_of
 from nnunetv2_semi.errors import UserError
 
 
@@ -42,15 +42,7 @@ def run(args: argparse.Namespace) -> int:
     study = read_study(args.study)
     if args.action == "status":
         return _show_status(study)
-    try:
-        with ended_by_sigterm():
-            return _run_study(study, args)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where this one stopped.", file=sys.stderr)
-        return 130
-    except CommandFailed as failure:
-        print(f"\n{failure}", file=sys.stderr)
-        return 1
+    return exit_status_of(lambda: _run_study(study, args))
 
 
 def _run_study(study: Study, args: argparse.Namespace) -> int:

@@ -111,7 +111,7 @@ class Job:
 
     def made_with(self) -> str:
         """Digest of all that decides the result but the code."""
-        return _digest([self.entry.trainer, self.entry.selftrain, self.own_plans(), self.study.test_time_mirroring])
+        return digest([self.entry.trainer, self.entry.selftrain, self.own_plans(), self.study.test_time_mirroring])
 
     def begun_with(self) -> str | None:
         """`made_with` when the training began, by this study or another one of its name; None before that."""
@@ -144,7 +144,7 @@ class Job:
         if subset is not None:
             return str(subset["group"])
         files = [(name, (self.raw / "labelsTs" / name).stat().st_size) for name in self.test_cases()]
-        return f"{len(files)} test cases {_digest(files)[:6]}"
+        return f"{len(files)} test cases {digest(files)[:6]}"
 
     # state
 
@@ -216,7 +216,8 @@ class Job:
             model=Path(record["model"]), training_seconds=record.get("training_seconds"))
 
 
-def _digest(content: object) -> str:
+def digest(content: object) -> str:
+    """Of anything that can be written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

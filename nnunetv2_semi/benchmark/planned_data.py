@@ -15,6 +15,7 @@ from nnunetv2_semi.commands import CommandFailed, Progress, command_path, run_lo
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.training_data import NNUNET_FOLDS
 
 
 def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders, source: str | None) -> None:
@@ -83,7 +84,7 @@ def write_split(study: Study, job: Job) -> None:
         cases = job.labelled_cases()
         if len(cases) < 2:
             raise UserError(f"{job.dataset} has {len(cases)} labelled case: use folds: [all].")
-        write_json_whole(str(file), compat.crossval_split(cases, min(5, len(cases))))
+        write_json_whole(str(file), compat.crossval_split(cases, min(NNUNET_FOLDS, len(cases))))
     count = len(json.loads(file.read_text(encoding="utf-8"))) if folds else 0
     if any(fold >= count for fold in folds):
         raise UserError(f"{file} has {count} folds, from 0 to {count - 1}; the study asks for {max(folds)}.")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_semi.benchmark.comparability import check_comparable, check_data_sets, check_unchanged, facts_of_jobs
-from nnunetv2_semi.benchmark.jobs import Folders, Job, jobs_of
+from nnunetv2_semi.benchmark.jobs import Folders, Job, jobs_of, merged_settings
 from nnunetv2_semi.benchmark.planned_data import plan_and_preprocess, prepare_unlabelled_cases, write_split
 from nnunetv2_semi.benchmark.study import Entry, Study
+from nnunetv2_semi.benchmark.trainer_facts import trainer_class
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
@@ -104,19 +105,9 @@ def _check_trainers(jobs: Sequence[Job]) -> bool:
 
 
 def _needs_unlabelled(entry: Entry, study: Study) -> bool:
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    from nnunetv2_semi.benchmark.jobs import merged_settings
     from nnunetv2_semi.methods.settings import settings_from_plan
 
-    try:
-        cls = recursive_find_trainer_class_by_name(entry.trainer)
-    except RuntimeError:
-        cls = None
-    if cls is None:
-        raise UserError(f"nnU-Net finds no trainer {entry.trainer}. nnunetv2_semi doctor says whether ours are "
-                        "visible.")
-    method = getattr(cls, "method_class", None)
+    method = getattr(trainer_class(entry.trainer), "method_class", None)
     if method is not None:
         settings_from_plan(method.Settings, merged_settings(study.settings, entry.settings), method.name)
     return entry.selftrain is not None or (method is not None and method.uses_unlabelled)

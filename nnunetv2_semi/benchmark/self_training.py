@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from nnunetv2_semi.benchmark.self_training_input import Options, Start, checked_
 from nnunetv2_semi.benchmark.source_cases import label_values, read_source
 from nnunetv2_semi.benchmark.stability_picture import overlay_rows, save_stability_picture
 from nnunetv2_semi.checkpoints import snapshot_file
-from nnunetv2_semi.commands import CommandFailed, Progress, command_path, ended_by_sigterm, finished_epochs, run_logged
+from nnunetv2_semi.commands import CommandFailed, Progress, command_path, exit_status_of, finished_epochs, run_logged
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 from nnunetv2_semi.errors import UserError
@@ -65,19 +64,17 @@ def run(args: argparse.Namespace) -> int:
     name = f"selftrain__{options.model_name}__fold_{options.fold}"
     out = (args.out or results / name).resolve()
     results.mkdir(parents=True, exist_ok=True)
+
+    def work() -> int:
+        _write_options(out / OPTIONS, asdict(options))
+        SelfTraining(start, folders, out, args.device, args.num_gpus).run(args.rounds)
+        return 0
+
     try:
-        with FileLock(results / f".{name}.lock", timeout=0), ended_by_sigterm():
-            _write_options(out / OPTIONS, asdict(options))
-            SelfTraining(start, folders, out, args.device, args.num_gpus).run(args.rounds)
+        with FileLock(results / f".{name}.lock", timeout=0):
+            return exit_status_of(work)
     except Timeout as error:
         raise UserError(f"Another 'nnunetv2_semi selftrain' is at work on the same models ({name}).") from error
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where this one stopped.", file=sys.stderr)
-        return 130
-    except CommandFailed as failure:
-        print(f"\n{failure}", file=sys.stderr)
-        return 1
-    return 0
 
 
 class SelfTraining:

@@ -15,16 +15,16 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2_semi.benchmark.jobs import Folders
 from nnunetv2_semi.benchmark.source_cases import Source
 from nnunetv2_semi.benchmark.stability import number_kept
+from nnunetv2_semi.benchmark.trainer_facts import trainer_class
 from nnunetv2_semi.data.identity import HASHES_FILE, find_duplicates, image_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.data.whole_files import read_json_object
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.schedules import snapshot_after
+from nnunetv2_semi.training_data import NNUNET_FOLDS
 
 if TYPE_CHECKING:
     from nnunetv2_semi.methods.base import Method
-
-NNUNET_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,7 @@ def _plans(options: Options, preprocessed: Path) -> dict:
 
 def _method(trainer: str) -> type[Method]:
     """The method of a trainer of ours."""
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        cls = recursive_find_trainer_class_by_name(trainer)
-    except RuntimeError as error:
-        raise UserError(f"nnU-Net finds no trainer {trainer}. nnunetv2_semi doctor says whether ours are visible.") \
-            from error
-    method = getattr(cls, "method_class", None)
+    method = getattr(trainer_class(trainer), "method_class", None)
     if method is None:
         raise UserError(f"{trainer} keeps no checkpoints on the way, and so the stability of its predictions cannot be "
                         "told. Use a trainer that does, for instance nnUNetTrainerSemiSupervised.")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
+from nnunetv2_semi.benchmark.execution import FINAL
 from nnunetv2_semi.data.whole_files import read_json_object
-
-CHECKPOINT = "checkpoint_final.pth"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def curves_of(model: Path) -> Curves | None:
     """
     try:
         # nnU-Net stores numpy scalars, which are not loaded with weights_only. Mapped, the weights stay on disk.
-        content = torch.load(model / CHECKPOINT, map_location="cpu", weights_only=False, mmap=True)
+        content = torch.load(model / FINAL, map_location="cpu", weights_only=False, mmap=True)
         logged = content["logging"]
         curves = Curves(*([float(value) for value in logged[key]]
                           for key in ("train_losses", "val_losses", "ema_fg_dice")))  # fmt: skip

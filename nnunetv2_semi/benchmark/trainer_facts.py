@@ -6,7 +6,6 @@ reads a JSON list of questions (trainer, plans file, configuration, fold) and wr
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_semi.benchmark.jobs import digest
 from nnunetv2_semi.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,19 @@ class Question:
     plans: str
     configuration: str
     fold: int | str
+
+
+def trainer_class(name: str) -> type[nnUNetTrainer]:
+    """The trainer that nnU-Net finds under this name. Raises UserError where it finds none."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        cls = recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
+        cls = None
+    if cls is None:
+        raise UserError(f"nnU-Net finds no trainer {name}. nnunetv2_semi doctor says whether ours are visible.")
+    return cls
 
 
 def trainer_facts(questions: Sequence[Question], environment: Mapping[str, str]) -> list[Facts]:
@@ -72,15 +85,8 @@ def differences(facts: Mapping[str, Facts], meant: Sequence[str]) -> list[str]:
 def _facts(question: Question) -> Facts:
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    try:
-        cls = recursive_find_trainer_class_by_name(question.trainer)
-    except RuntimeError:
-        cls = None
-    if cls is None:
-        raise UserError(f"nnU-Net finds no trainer {question.trainer}. nnunetv2_semi doctor says whether ours are "
-                        "visible.")
+    cls = trainer_class(question.trainer)
     folder = Path(question.plans).parent
     plans = json.loads(Path(question.plans).read_text(encoding="utf-8"))
     plans["continue_training"] = False
@@ -102,7 +108,7 @@ def _facts(question: Question) -> Facts:
         "patch_size": list(configuration.patch_size),
         "spacing": list(configuration.spacing),
         "network": _network(trainer),
-        "augmentation": _digest([inspect.getsource(function) for function in augmentation]),
+        "augmentation": digest([inspect.getsource(function) for function in augmentation])[:8],
         "oversample_foreground_percent": trainer.oversample_foreground_percent,
         "probabilistic_oversampling": trainer.probabilistic_oversampling,
         "optimizer": optimizer,
@@ -123,12 +129,8 @@ def _network(trainer: nnUNetTrainer) -> str:
     with torch.device("meta"):
         network = trainer.build_network_architecture(plans, configuration, channels,
                                                      trainer.label_manager.num_segmentation_heads, False)
-    return _digest([[type(module).__name__ for module in network.modules()],
-                    [list(weights.shape) for weights in network.parameters()]])
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return digest([[type(module).__name__ for module in network.modules()],
+                   [list(weights.shape) for weights in network.parameters()]])[:8]
 
 
 def main(answer: str) -> None:
