@@ -41,8 +41,9 @@ class StudyBar:
         text = ", ".join(shown)
         changed, self._text = text != self._text, text
         self.bar.set_postfix_str(text, refresh=False)
-        # epochs done again after a kill are not progress, and tqdm does not go back
-        self.bar.update(max(0, self._epochs() - self.bar.n))
+        new = self._epochs() - self.bar.n
+        if new > 0:  # epochs done again after a kill are not progress, and tqdm does not go back
+            self.bar.update(new)
         if changed or self._is_terminal:  # the clock ticks on a terminal, and does not fill a file with lines
             self.bar.refresh()
 
