@@ -105,7 +105,8 @@ def _result(arms: Runs, primary: pd.DataFrame) -> Section:
     paired = [int(count) for count in primary.loc[primary["p"].notna(), "differing_cases"]]
     paragraphs = [
         f"Ahead or behind: p below {SIGNIFICANT:g} in Wilcoxon's signed-rank test of the cases' Dice, after Holm's "
-        f"correction for {counted(len(paired), 'comparison')}. Brackets: 95 % intervals."
+        f"correction for {counted(len(paired), 'comparison')}, and an interval of the difference without 0. Brackets: "
+        "95 % intervals, over cases and trainings."
     ] if paired else ["Nothing was tested against a control."]  # fmt: skip
     if paired and (smallest := smallest_corrected_p(paired)) >= SIGNIFICANT:
         paragraphs.append(
@@ -139,11 +140,6 @@ def _group_sections(
             pairs.append(paired_plot(*dice, control.method, arm.method, with_count(arm.group, arm)))
     differing, empties = settings_table(arms), empties_table(arms, measures)
     sections = [
-        Section(
-            "What was compared",
-            tables=[trainings_table(arms, rows), *([differing] if differing.rows else [])],
-            level=level,
-        ),
         Section("Dice", tables=[main_table(rows)], pictures=efficiency, level=level),
         Section(
             "Case by case",
@@ -161,6 +157,11 @@ def _group_sections(
             level=level,
         ),
         _training(arms, styles, level),
+        Section(
+            "What was compared",
+            tables=[trainings_table(arms, rows), *([differing] if differing.rows else [])],
+            level=level,
+        ),
     ]
     if worst_cases:
         pictures = [
@@ -217,8 +218,8 @@ def _definitions(tolerance_mm: float) -> Section:
         "where they share no seed, those of the same data set and fold. Otherwise there is no verdict.",
         "**Test**: Wilcoxon's signed-rank test, two-sided, of the cases' means over labels, folds and trainings, where "
         f"these differ. Fewer than {FEWEST_CASES} cases that differ cannot give p below {SIGNIFICANT:g}. Dice "
-        "alone is tested. Where mean and ranks point in different directions, the method counts as neither ahead nor "
-        f"{BEHIND}.",
+        "alone is tested. Where mean and ranks point in different directions, or the interval of the difference, which "
+        f"is over trainings too, includes 0, the method counts as neither ahead nor {BEHIND}.",
         "**Gap closed**: (method - control) / (upper bound - control), on the cases that all three have; undefined "
         "where the interval of upper bound - control includes 0.",
     ])  # fmt: skip

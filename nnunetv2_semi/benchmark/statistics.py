@@ -89,7 +89,8 @@ def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0) -> 
     table = table.astype(dict.fromkeys(["labelled", "paired_cases", "differing_cases"], "Int64"))
     table["p_corrected"] = holm(table["p"].to_numpy(float))
     table["verdict"] = [
-        verdict(*row) for row in zip(table["p_corrected"], table["direction"], table["difference"], strict=True)
+        verdict(*row) for row in zip(table["p_corrected"], table["direction"], table["difference_low"],
+                                     table["difference_high"], strict=True)
     ]
     return table.drop(columns="direction")
 
@@ -174,14 +175,16 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def verdict(p_corrected: float, direction: float, difference: float) -> str:
-    """How a method stands to its control, from the corrected test; empty where there was none."""
+def verdict(p_corrected: float, direction: float, low: float, high: float) -> str:
+    """How a method stands to its control, from the corrected test over cases and the interval of the mean difference,
+    which is over cases and trainings; empty where there was no test."""
     if math.isnan(p_corrected):
         return ""
-    # Many small gains and one large loss: ranks and mean contradict each other, and neither is reported as the winner.
-    if p_corrected >= SIGNIFICANT or direction * difference <= 0:
+    # The test knows these trainings alone: what another training could turn round is not reported as a winner. Nor are
+    # many small gains beside one large loss, of which ranks and mean give contradicting accounts.
+    if p_corrected >= SIGNIFICANT or low <= 0 <= high or direction * (low + high) <= 0:
         return LEVEL
-    return AHEAD if difference > 0 else BEHIND
+    return AHEAD if low > 0 else BEHIND
 
 
 def smallest_corrected_p(differing_cases: Sequence[int]) -> float:

@@ -340,12 +340,23 @@ def test_two_controls_are_refused() -> None:
         summary_of(measures_of(values, "A", "control"), measures_of(values, "B", "control"), measures_of(values))
 
 
-@pytest.mark.parametrize("p, direction, difference, expected", [
-    (0.01, 1, 0.1, AHEAD), (0.01, -1, -0.1, BEHIND), (0.05, 1, 0.1, LEVEL), (0.01, 1, -0.1, LEVEL),
-    (math.nan, 1, 1, ""),
+@pytest.mark.parametrize("p, direction, interval, expected", [
+    (0.01, 1, (0.1, 0.2), AHEAD), (0.01, -1, (-0.2, -0.1), BEHIND), (0.05, 1, (0.1, 0.2), LEVEL),
+    (0.01, 1, (-0.2, -0.1), LEVEL), (0.01, 1, (-0.1, 0.2), LEVEL), (math.nan, 1, (0.1, 0.2), ""),
 ])  # fmt: skip
-def test_verdict_follows_from_the_corrected_test(p: float, direction: int, difference: float, expected: str) -> None:
-    assert verdict(p, direction, difference) == expected
+def test_verdict_follows_from_corrected_test_and_interval(
+    p: float, direction: int, interval: tuple[float, float], expected: str
+) -> None:
+    assert verdict(p, direction, *interval) == expected
+
+
+def test_a_difference_that_another_training_could_turn_round_is_no_verdict() -> None:
+    """All cases are lower in the mean over three trainings, because of one of them."""
+    control = random_dice(0, (3, 20))
+    ours = control + np.array([0.02, 0.02, -0.2])[:, None] + random_dice(1, (3, 20)) * 0.001
+    row = row_of(summary_of(measures_of(control, "Control", "control"), measures_of(ours)))
+    assert row["p_corrected"] < 0.001 and row["difference_low"] < 0 < row["difference_high"]
+    assert row["verdict"] == LEVEL
 
 
 def test_smallest_corrected_p_grows_with_comparisons() -> None:
