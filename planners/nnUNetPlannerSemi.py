@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_raw
@@ -16,6 +17,7 @@ from nnunetv2_semi.data.geometry import unlabelled_geometry
 from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
 from nnunetv2_semi.data.whole_files import read_json_object
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
 
 
 class nnUNetPlannerSemi(ExperimentPlanner):
@@ -26,6 +28,10 @@ class nnUNetPlannerSemi(ExperimentPlanner):
 
     With "semi": {"plan_with_unlabelled": true} in dataset.json, shapes and spacings of unlabelled cases count like
     those of labelled ones; intensity statistics come from labelled foreground in any case.
+
+    Data sets of 3D images get one configuration more, 3d_atlas: its patch holds the whole volume of the largest case
+    along each axis, at the finest spacing that fits the memory target (see `nnunetv2_semi.whole_volumes`). Unlabelled
+    cases count only with "plan_with_unlabelled"; without it, one of them may be larger than the patch.
 
     Args:
         dataset_name_or_id: as for nnU-Net's planner.
@@ -83,9 +89,10 @@ class nnUNetPlannerSemi(ExperimentPlanner):
 
         nnU-Net's own method sets the number of threads from nnUNet_n_proc_DA, and fails where that is 0.
         """
-        network = get_network_from_plans(
-            arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
-        )
+        with torch.device("meta"):  # the count needs no weights, and making them would take most of the planning
+            network = get_network_from_plans(
+                arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
+            )
         return int(network.compute_conv_feature_map_size(patch_size))
 
     def get_plans_for_configuration(
@@ -110,6 +117,18 @@ class nnUNetPlannerSemi(ExperimentPlanner):
     def semi_settings(self) -> dict[str, int | float]:
         """The object "semi" of each configuration."""
         return {"planned_graphs": self.planned_graphs}
+
+    def save_plans(self, plans: dict) -> None:
+        """nnU-Net's last step of planning, before which 3D data sets get the configuration 3d_atlas.
+
+        Here and not after `plan_experiment`, because saving merges in what an older plans file has.
+        """
+        configurations = plans["configurations"]
+        if "3d_fullres" in configurations and ATLAS_CONFIGURATION not in configurations:
+            plan = plan_whole_volumes(self, configurations["3d_fullres"], plans["transpose_forward"])
+            configurations[ATLAS_CONFIGURATION] = plan
+            print(f"{ATLAS_CONFIGURATION} U-Net configuration:\n{plan}\n")
+        super().save_plans(plans)
 
     def _add_unlabelled_geometry(self) -> None:
         """Extend the fingerprint in memory; the file keeps what nnU-Net wrote."""

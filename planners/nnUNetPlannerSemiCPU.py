@@ -15,8 +15,9 @@ _BATCH_SIZE_2D = 8
 class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
     """A small preset for demonstration, teaching and tests: few features, small patches, short training.
 
-    Patches have at most 40^3 voxels (3D) or 96^2 (2D), shaped by spacing and image size as nnU-Net does. There is no
-    3d_lowres and no cascade. The memory target does not matter; the network is small however many graphs are held.
+    Patches have at most 40^3 voxels (3D) or 96^2 (2D), shaped by spacing and image size as nnU-Net does; 3d_atlas has
+    the finest spacing at which the largest volume, padded, has no more. There is no 3d_lowres and no cascade. The
+    memory target does not matter; the network is small however many graphs are held.
 
     Args:
         dataset_name_or_id: as for nnU-Net's planner.

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-import time
 
 import numpy as np
 import pytest
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semi.errors import UserError
 from planners.nnUNetFingerprintExtractorSemi import nnUNetFingerprintExtractorSemi
@@ -129,7 +129,7 @@ def test_the_cpu_preset_is_small_whatever_the_images(raw_dataset, shape, spacing
     raw_dataset(shape, spacing, semi=TWO_MODALITIES)
     plans = nnUNetPlannerSemiCPU(DATASET, gpu_memory_target_in_gb=80).plan_experiment()
     assert plans["plans_name"] == "nnUNetSemiCPUPlans"
-    assert set(plans["configurations"]) == {"2d", "3d_fullres"}
+    assert set(plans["configurations"]) == {"2d", "3d_fullres", "3d_atlas"}
     volume, slices = plans["configurations"]["3d_fullres"], plans["configurations"]["2d"]
     assert np.prod(volume["patch_size"]) <= 40**3 and volume["batch_size"] == 2
     assert np.prod(slices["patch_size"]) <= 96**2 and slices["batch_size"] == 8
@@ -152,7 +152,7 @@ def test_the_cpu_preset_is_small_whatever_the_images(raw_dataset, shape, spacing
         }
 
 
-def test_a_training_step_with_the_cpu_preset_takes_a_fraction_of_a_second(raw_dataset):
+def test_a_training_step_with_the_cpu_preset_needs_few_operations(raw_dataset):
     raw_dataset()
     plan = nnUNetPlannerSemiCPU(DATASET).plan_experiment()["configurations"]["3d_fullres"]
     arch = plan["architecture"]
@@ -160,9 +160,6 @@ def test_a_training_step_with_the_cpu_preset_takes_a_fraction_of_a_second(raw_da
         arch["network_class_name"], arch["arch_kwargs"], arch["_kw_requires_import"], 2, 2, deep_supervision=True
     )
     image = torch.rand(plan["batch_size"], 2, *plan["patch_size"])
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
+    with FlopCounterMode(display=False) as counter:
         sum(output.square().mean() for output in network(image)).backward()
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0  # about 0.1 s; the limit leaves room for a busy machine
+    assert counter.get_total_flops() < 1e10  # about a tenth of a second of one processor core
