@@ -62,11 +62,12 @@ class TrainingStep:
             if group is None:
                 break
             seen += [replace(term, value=term.value.detach()) for term in group]
+            # Whether a term applies may differ between processes: what is exchanged must not depend on it.
             unlabelled = [term for term in group if not term.supervised and term.weight != 0]
-            if unlabelled and not self._finite_everywhere(unlabelled):
+            if unlabelled and not self._finite_everywhere([term for term in unlabelled if term.applies]):
                 unlabelled, complete = [], False
-            losses = [term.weight * term.value.float() for term in group if term.supervised]
-            losses += [term.weight * term.value.float() for term in unlabelled]
+            losses = [term.weight * term.applies * term.value.float() for term in group if term.supervised]
+            losses += [term.weight * term.value.float() for term in unlabelled if term.applies]
             if self.method.context.one_pass:
                 joined += losses
             else:
@@ -76,8 +77,8 @@ class TrainingStep:
 
     def _finite_everywhere(self, terms: list[Term]) -> bool:
         """Whether the terms are finite on every process: all must skip together."""
-        values = torch.stack([term.value.detach().float() for term in terms])
-        return all_agree(bool(torch.isfinite(values).all()), self.device)
+        values = [term.value.detach().float() for term in terms]
+        return all_agree(not values or bool(torch.isfinite(torch.stack(values)).all()), self.device)
 
     def _autocast(self) -> AbstractContextManager:
         # as nnU-Net: mixed precision on CUDA only

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from nnunetv2_semi import checkpoints, compat, training_data, training_pictures
 from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels
 from nnunetv2_semi.data.loader import BatchStream
+from nnunetv2_semi.data.modalities import CaseChannels
 from nnunetv2_semi.distributed import (
     broadcast_from_first,
     mean_over_processes,
@@ -32,8 +33,10 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
 from nnunetv2_semi.losses.predictions import dice_from_counts
 from nnunetv2_semi.methods.base import Batch, Context, Method
+from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
+from nnunetv2_semi.networks.present_channels import present_modalities
 from nnunetv2_semi.networks.stage_checkpoints import checkpoint_stages
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.step import TrainingStep
@@ -80,6 +83,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._steps_in_epoch = 0
         self._restored = False
         self._trained_here = False
+        self._validation_cases: list[str] | None = None
         self._bar: tqdm | None = None
 
     # networks and optimisers
@@ -110,7 +114,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             scale_weights=tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,))),
             patch_size=tuple(self.configuration_manager.patch_size), num_heads=num_heads,
             build_network=lambda channels: nnUNetTrainer.build_network_architecture(
-                self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision))
+                self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision),
+            training_cases=lambda: training_data.whole_training_cases(self, self.settings))
         self.method_class.check(context, self.settings)
 
         torch.manual_seed(self.settings.seed)
@@ -168,6 +173,17 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     # data
 
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+        """nnU-Net's, with mirroring and rotation as the settings say."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = \
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.settings.rotation is not None:
+            largest = float(np.deg2rad(self.settings.rotation))
+            rotation = (-largest, largest)
+        if not self.settings.mirroring:
+            mirror_axes = self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of seeded batches: labelled and unlabelled patches together, and validation patches."""
         on_first_process(lambda: training_data.write_small_split(self))
@@ -218,6 +234,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         terms, values = self.step.run(self._on_device(batch), step,
                                       step / (self.num_epochs * self.num_iterations_per_epoch))
         self._steps_in_epoch += 1
+        terms = [term for term in terms if term.applies]
         for term in terms:
             values[f"loss_{term.name}"] = term.value
             if not term.supervised:
@@ -233,8 +250,18 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             return tensor.to(self.device, non_blocking=True)
         target = batch["labelled"]["target"]
         labelled = move(batch["labelled"]["data"])
+        present = {name: self._present_modalities(part) for name, part in batch.items()}
         return Batch(labelled, [move(t) for t in target] if isinstance(target, list) else move(target),
-                     move(batch["unlabelled"]["data"]) if "unlabelled" in batch else labelled[:0])
+                     move(batch["unlabelled"]["data"]) if "unlabelled" in batch else labelled[:0],
+                     present["labelled"], present.get("unlabelled"))
+
+    def _present_modalities(self, batch: dict) -> torch.Tensor:
+        return present_modalities(batch["present"], (self.settings.modalities or {}).values())
+
+    def _predictable(self, case: str, part: str, cases: CaseChannels) -> bool:
+        """Whether ``case`` has the modality that a part of the method needs."""
+        present = self._present_modalities({"present": torch.tensor([cases.present(case, self.num_input_channels)])})
+        return bool(self.method.part_applies(part, present))
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         self._close_bar()
@@ -266,13 +293,18 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     # validation
 
     @contextmanager
-    def _validating(self, network: nn.Module) -> Iterator[None]:
-        """Within the block nnU-Net's hooks see ``network`` instead of the student."""
-        self.network = network
+    def _validating(self, network: nn.Module, cases: list[str] | None = None) -> Iterator[None]:
+        """Within the block nnU-Net's hooks see ``network`` instead of the student, and only ``cases`` to validate."""
+        self.network, self._validation_cases = network, cases
         try:
             yield
         finally:
-            self.network = self.method.student
+            self.network, self._validation_cases = self.method.student, None
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """nnU-Net's split into cases for training and validation."""
+        training, validation = super().do_split()
+        return training, validation if self._validation_cases is None else self._validation_cases
 
     def on_validation_epoch_start(self) -> None:
         self.method.eval()
@@ -280,10 +312,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's validation step with the deployed network, and with each part by itself."""
         outputs = {}
+        present = self._present_modalities(batch["labelled"])
         for name, part in self.method.parts().items():
+            rows = Rows.where(self.method.part_applies(name, present))
             with self._validating(part):
-                counts = super().validation_step(_with_own_target(batch["labelled"]))
-            outputs.update({f"{count}/{name}": counts[count] for count in _COUNTS})
+                counts = super().validation_step(_rows_with_own_target(batch["labelled"], rows))
+            outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS})
         with self._validating(self.method.deployable()):
             return {**super().validation_step(batch["labelled"]), **outputs}
 
@@ -310,16 +344,21 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self._trained_here and not self.settings.final_validation:
             self.print_to_log_file('No validation after training, as "final_validation" says.')
             return
+        cases = CaseChannels(self.dataset_class(self.preprocessed_dataset_folder))
         for name, part in self.method.parts().items():
+            own = [case for case in self.do_split()[1] if self._predictable(case, name, cases)]
+            if not own:
+                self.print_to_log_file(f"No validation of {name} alone: no validation case has that modality.")
+                continue
             self.print_to_log_file(f"Validation of {name} alone:")
             whole, self.output_folder = self.output_folder, os.path.join(self.output_folder, folder_name(name))
             try:
-                with self._validating(part):
+                with self._validating(part, own):
                     super().perform_actual_validation()
             finally:
                 self.output_folder = whole
         if self.method.parts():
-            self.print_to_log_file("Validation of all together:")
+            self.print_to_log_file("Validation of the deployed network:")
         with self._validating(self.method.deployable()):
             super().perform_actual_validation(save_probabilities)
 
@@ -372,7 +411,9 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._restored = True
 
 
-def _with_own_target(batch: dict) -> dict:
-    """nnU-Net's validation step writes into the target where there is an ignore label: give it one of its own."""
-    target = batch["target"]
-    return {**batch, "target": [t.clone() for t in target] if isinstance(target, list) else target.clone()}
+def _rows_with_own_target(batch: dict, rows: Rows) -> dict:
+    """Some patches; nnU-Net's validation step writes into the target where there is an ignore label, so they get one of
+    their own."""
+    target = rows.of(batch["target"])
+    return {"data": rows.of(batch["data"]),
+            "target": [t.clone() for t in target] if isinstance(target, list) else target.clone()}

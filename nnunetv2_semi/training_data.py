@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -14,10 +17,13 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
+from nnunetv2_semi.data.modalities import CaseChannels, ModalityDrop
 from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
 from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.base import WholeCase
 from nnunetv2_semi.methods.settings import Settings
+from nnunetv2_semi.networks.present_channels import fill_absent, present_modalities
 
 NNUNET_FOLDS = 5
 
@@ -66,6 +72,29 @@ def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: Unlabel
         mask_needed=any(trainer.configuration_manager.use_mask_for_norm))
 
 
+def whole_training_cases(trainer: nnUNetTrainer, settings: Settings) -> Iterator[WholeCase]:
+    """The labelled training cases of the fold, see `WholeCase`; of a 3D case in 2D the slice with most foreground."""
+    names = sorted(trainer.do_split()[0])
+    dataset = infer_dataset_class(trainer.preprocessed_dataset_folder)(trainer.preprocessed_dataset_folder, names)
+    labels = trainer.label_manager
+    transforms = trainer.get_validation_transforms(
+        None, foreground_labels=labels.foreground_labels, regions=labels.foreground_regions if labels.has_regions
+        else None, ignore_label=labels.ignore_label)
+    channels, patch = CaseChannels(dataset), trainer.configuration_manager.patch_size
+    for name in names:
+        image, segmentation = (np.asarray(array[:]) for array in dataset.load_case(name)[:2])
+        if len(patch) == 2:
+            fullest = int((segmentation > 0).sum((0, 2, 3)).argmax())
+            image, segmentation = image[:, fullest], segmentation[:, fullest]
+        box = [[(size - wanted) // 2, (size - wanted) // 2 + wanted]
+               for size, wanted in zip(image.shape[1:], patch, strict=True)]
+        sample = transforms(image=torch.from_numpy(crop_and_pad_nd(image, box, 0)).float(),
+                            segmentation=torch.from_numpy(crop_and_pad_nd(segmentation, box, -1)).to(torch.int16))
+        present = torch.tensor([channels.present(name, len(image))])
+        modalities = present_modalities(present, (settings.modalities or {}).values())[0].nonzero()[:, 0].tolist()
+        yield WholeCase(name, fill_absent(sample["image"], present[0]), sample["segmentation"], modalities)
+
+
 def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mapping[str, nnUNetDataLoader],
            batches_per_epoch: int) -> BatchStream:
     """Batches of ``sources`` from the trainer's current epoch on, made by nnU-Net's number of worker processes.
@@ -73,8 +102,11 @@ def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mappi
     The validation stream gets half of them, as in nnU-Net.
     """
     workers = get_allowed_n_proc_DA()
+    drop = None
+    if name == "training" and settings.drop_modality > 0:
+        drop = ModalityDrop(settings.drop_modality, list((settings.modalities or {}).values()))
     return BatchStream(
-        SeededBatches(sources, seed=settings.seed, stream=name, rank=trainer.local_rank),
+        SeededBatches(sources, seed=settings.seed, stream=name, rank=trainer.local_rank, drop=drop),
         start=trainer.current_epoch * batches_per_epoch,
         num_workers=workers if name == "training" else (workers + 1) // 2,
         pin_memory=trainer.device.type == "cuda")

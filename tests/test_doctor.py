@@ -88,13 +88,53 @@ def test_a_truncated_test_image_is_a_warning(dataset: Path) -> None:
     assert str(path) in only(findings(Level.WARNING)).finding
 
 
-def test_a_missing_channel_is_found(dataset: Path) -> None:
-    labelled, unlabelled = images(dataset, "imagesTr")[1], images(dataset, "imagesUn")[1]
-    labelled.unlink()
-    assert labelled.name.removesuffix("_0001.nii.gz") in only(findings(Level.PROBLEM)).finding
-    unlabelled.unlink()
-    found = findings(Level.PROBLEM)
-    assert len(found) == 2 and unlabelled.name in found[0].finding
+def test_cases_that_lack_channels_are_counted_and_named(dataset: Path) -> None:
+    lines = [check.line() for check in check_dataset("7")]
+    assert any(line.endswith(" labelled cases: T1 0, T2 0, T1+T2 5") for line in lines)
+    for path in (images(dataset, "imagesTr")[1], images(dataset, "imagesTr")[2], images(dataset, "imagesUn")[3]):
+        path.unlink()
+    checks = list(check_dataset("7"))
+    assert [check for check in checks if check.level is Level.PROBLEM] == []
+    text = "\n".join(check.finding for check in checks)
+    assert "\nlabelled cases: T1 1, T2 1, T1+T2 3\n" in text and "\nunlabelled cases: T1 1, T2 0, T1+T2 2\n" in text
+    labelled, unlabelled = (check for check in checks if check.level is Level.WARNING)
+    case = images(dataset, "imagesTr")[0].name.removesuffix("_0000.nii.gz")
+    assert "2 of 5 labelled cases lack channels" in labelled.finding and case in labelled.finding
+    assert "-fpe nnUNetFingerprintExtractorSemi" in labelled.remedy and "verify_dataset_integrity" in labelled.remedy
+    assert "1 of 3 unlabelled cases lack channels (T1 only: 1)" in unlabelled.finding
+    assert "nnUNetPlannerSemi" in unlabelled.remedy
+
+
+def test_modalities_are_named_as_dataset_json_does(dataset: Path) -> None:
+    edit_json(dataset, semi={"modalities": {"MR": [1], "CT": [0]}})
+    images(dataset, "imagesTs")[0].unlink()
+    lines = [check.line() for check in check_dataset("7")]
+    assert any(line.endswith("test cases: MR 1, CT 0, MR+CT 1") for line in lines)
+
+
+def test_a_modality_of_several_channels_may_be_there_in_part(dataset: Path) -> None:
+    edit_json(dataset, channel_names={"0": "CT", "1": "T1", "2": "T2"}, semi={"modalities": {"CT": [0], "MR": [1, 2]}})
+    lines = [check.line() for check in check_dataset("7")]
+    assert any(line.endswith(" labelled cases: CT 0, MR 0, CT+MR 0, CT+MR (in part) 5") for line in lines)
+    assert "no labelled case has T2" in [check.finding for check in findings(Level.WARNING)]
+
+
+def test_a_channel_that_no_labelled_case_has_matters_if_it_is_ct(dataset: Path) -> None:
+    for path in images(dataset, "imagesTr")[1::2]:
+        path.unlink()
+    assert findings(Level.PROBLEM) == []
+    assert "no labelled case has T2" in [check.finding for check in findings(Level.WARNING)]
+    edit_json(dataset, channel_names={"0": "T1", "1": "CT"})
+    assert "1 (CT)" in only(findings(Level.PROBLEM)).finding
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "imagesUn", "imagesTs"])
+def test_a_channel_that_the_data_set_does_not_have_is_found_once(dataset: Path, folder: str) -> None:
+    path = images(dataset, folder)[1]
+    path.rename(path.with_name(path.name.replace("_0001", "_0004")))
+    found = only([check for level in (Level.PROBLEM, Level.WARNING) for check in findings(level)
+                  if "_0004" in check.line()])
+    assert "channel" in found.finding and found.level is (Level.WARNING if folder == "imagesTs" else Level.PROBLEM)
 
 
 def test_no_unlabelled_images_says_where_and_how_to_name_them(dataset: Path) -> None:

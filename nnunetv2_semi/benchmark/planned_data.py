@@ -17,6 +17,8 @@ from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training_data import NNUNET_FOLDS
 
+EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
+
 
 def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders, source: str | None) -> None:
     """With nnU-Net's commands, what is not done. source: data set whose plans it gets; None for plans of its own.
@@ -31,10 +33,11 @@ def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders
     with FileLock(folder / ".planning.lock"):  # another study may be at it
         number, processes = dataset.removeprefix("Dataset")[:3], os.environ.get("nnUNet_def_n_proc", "4")
         if not file.is_file() and source in (None, dataset):
-            _run(study, dataset, "nnUNetv2_plan_and_preprocess", ["-d", number, "-pl", study.planner, "--no_pp",
-                                                                  "-npfp", processes])
+            _run(study, dataset, "nnUNetv2_plan_and_preprocess", ["-d", number, "-fpe", EXTRACTOR, "-pl",
+                                                                  study.planner, "--no_pp", "-npfp", processes])
         elif not file.is_file():
-            _run(study, dataset, "nnUNetv2_extract_fingerprint", ["-d", number, "-np", processes])
+            _run(study, dataset, "nnUNetv2_extract_fingerprint", ["-d", number, "-fpe", EXTRACTOR, "-np",
+                                                                 processes])
             _run(study, dataset, "nnUNetv2_move_plans_between_datasets", ["-s", str(source), "-t", dataset,
                                                                           "-sp", plans, "-tp", plans])
             # nnU-Net's planner copies it, its mover of plans does not

@@ -16,6 +16,8 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import create_paths_fn, get_filenames_of_train_images_and_targets
 
+from nnunetv2_semi.data.case_channels import channel_numbers
+from nnunetv2_semi.data.dataset_settings import num_channels
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.data.raw_cases import (
@@ -77,7 +79,10 @@ def read_source(dataset_name_or_id: str) -> Source:
         listed = get_filenames_of_train_images_and_targets(folder, copy.deepcopy(dataset_json))
         labels = {case: listed[case]["label"] for case in labelled}
         images = {
-            case: {f"{case}_{index:04d}{ending}": path for index, path in enumerate(paths)}
+            case: {
+                f"{case}_{index:04d}{ending}": path
+                for index, path in zip(_channels(paths, dataset_json), paths, strict=True)
+            }
             for case, paths in labelled.items()
         }
     else:
@@ -200,6 +205,15 @@ def _case(case: str, images: Mapping[str, str], label: str | None, ending: str) 
             if stem and os.path.isfile(stem + ".json"):
                 group[case + ".json"] = stem + ".json"
     return Case(files, labels)
+
+
+def _channels(paths: Sequence[str], dataset_json: dict) -> list[int]:
+    """Channel of each listed file: its place in the list, or, where the case lacks channels, the number in its name."""
+    numbers = channel_numbers(paths, dataset_json["file_ending"])
+    count = num_channels(dataset_json)
+    if len(paths) < count and numbers is not None and max(numbers) < count:
+        return numbers
+    return list(range(len(paths)))
 
 
 def _by_name(paths: Sequence[str]) -> dict[str, str]:

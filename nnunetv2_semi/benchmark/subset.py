@@ -213,4 +213,5 @@ def print_summary(subsets: Sequence[NewDataset], ids: Sequence[int]) -> None:
         print("There are no test cases: --test N makes some.")
     elif record["classes_without_case"]["test"]:
         print(f"No test case has {', '.join(record['classes_without_case']['test'])}.")
-    print(f"\nNext: nnUNetv2_plan_and_preprocess -d {' '.join(map(str, ids))} -pl nnUNetPlannerSemi")
+    print(f"\nNext: nnUNetv2_plan_and_preprocess -d {' '.join(map(str, ids))} -pl nnUNetPlannerSemi"
+          " (and -fpe nnUNetFingerprintExtractorSemi where cases lack channels)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def _facts(question: Question) -> Facts:
     settings = getattr(trainer, "settings", None)
     uses_unlabelled = bool(getattr(getattr(cls, "method_class", None), "uses_unlabelled", False))
     unlabelled = (settings.unlabelled_batch_size or configuration.batch_size) if uses_unlabelled and settings else None
-    augmentation = [cls.get_training_transforms, cls.configure_rotation_dummyDA_mirroring_and_inital_patch_size]
+    rotation, dummy_2d, initial_patch_size, mirror_axes = \
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    augmentation = [inspect.getsource(cls.get_training_transforms), dummy_2d, list(map(int, initial_patch_size))]
     optimizer = "SGD" if settings or cls.configure_optimizers is nnUNetTrainer.configure_optimizers else \
         cls.configure_optimizers.__qualname__
     return {
@@ -108,7 +111,9 @@ def _facts(question: Question) -> Facts:
         "patch_size": list(configuration.patch_size),
         "spacing": list(configuration.spacing),
         "network": _network(trainer),
-        "augmentation": digest([inspect.getsource(function) for function in augmentation])[:8],
+        "augmentation": digest(augmentation)[:8],
+        "rotation": [round(math.degrees(angle), 3) for angle in rotation or []],
+        "mirroring": list(mirror_axes or []),
         "oversample_foreground_percent": trainer.oversample_foreground_percent,
         "probabilistic_oversampling": trainer.probabilistic_oversampling,
         "optimizer": optimizer,

@@ -7,7 +7,7 @@ import pickle
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +15,10 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi.data.case_records import CaseRecords
+from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.identity import ImageContent
 from nnunetv2_semi.data.processes import results_in_parallel
+from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.errors import UserError
 
 _UNFINISHED_FOLDER = "unfinished"
@@ -46,6 +48,7 @@ def preprocess_missing(
     job: PreprocessingJob,
     cases: Mapping[str, list[str]],
     contents: Mapping[str, ImageContent],
+    lacking: Mapping[str, Sequence[int]],
     records: CaseRecords,
     num_processes: int,
     show_progress_bar: bool,
@@ -57,23 +60,36 @@ def preprocess_missing(
         job: what and where.
         cases: readable cases only.
         contents: of every channel file.
+        lacking: case name to the channels that it has, of the cases that lack some.
         records: of the same folder.
         num_processes: 1 works in the calling process.
         show_progress_bar: one step per case.
         report: receives one line if there is anything to do.
 
     Raises:
-        UserError: nnU-Net does not find the preprocessor.
+        UserError: nnU-Net does not find the preprocessor, or it cannot fill the channels that cases lack.
         RuntimeError: names the cases that failed, after the others are done.
     """
-    missing = [case for case, files in cases.items() if not records.is_done(case, [contents[f] for f in files])]
+    missing = [
+        case
+        for case, files in cases.items()
+        if not records.is_done(case, [contents[file] for file in files], lacking.get(case))
+    ]
     if not missing:
         return
     report(f"Preprocessing {len(missing)} of {len(cases)} unlabelled cases into {job.folder}")
-    if job.preprocessor_class is None and job.configuration_manager.preprocessor_class is None:
+    preprocessor_class = job.preprocessor_class or job.configuration_manager.preprocessor_class
+    if preprocessor_class is None:
         raise UserError(
             f"The plans name the preprocessor {job.configuration_manager.preprocessor_name}, which nnU-Net does not "
             f"find. Run `nnunetv2_semi doctor` to see whether the plug-in is visible to nnU-Net."
+        )
+    unfilled = [case for case in missing if case in lacking]
+    if unfilled and not issubclass(preprocessor_class, FillingPreprocessor):
+        raise UserError(
+            f"{len(unfilled)} unlabelled case(s) lack channels ({shown(unfilled)}), and {preprocessor_class.__name__} "
+            f'cannot fill them. Write "preprocessor_name": "nnUNetPreprocessorSemi" into the configuration in the '
+            f"plans file (preprocessed cases that lack nothing stay as they are), or plan with -pl nnUNetPlannerSemi."
         )
     _remove_leftovers(job.folder)
     for case in missing:
@@ -89,7 +105,7 @@ def preprocess_missing(
         if failure:
             failures.append(f"{case} ({failure})")
         else:
-            records.write(case, files, [contents[file] for file in files], outputs)
+            records.write(case, files, [contents[file] for file in files], outputs, lacking.get(case))
     if failures:
         raise RuntimeError(
             f"Preprocessing failed for {len(failures)} unlabelled case(s): {'; '.join(sorted(failures))}"

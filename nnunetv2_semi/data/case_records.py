@@ -11,6 +11,7 @@ from dataclasses import asdict
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi.data.identity import ImageContent, file_stamp
+from nnunetv2_semi.data.modalities import PRESENT_CHANNELS
 from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 
 _RECORD_VERSION = 1
@@ -57,17 +58,23 @@ class CaseRecords:
         names = os.listdir(self._records)
         return sorted(name[: -len(".json")] for name in names if name.endswith(".json") and not name.startswith("."))
 
-    def is_done(self, case: str, contents: Sequence[ImageContent] | None = None) -> bool:
+    def is_done(
+        self, case: str, contents: Sequence[ImageContent] | None = None, present: Sequence[int] | None = None
+    ) -> bool:
         """Whether the case was finished for these plans and its files are still there.
 
         Args:
             case: its name.
             contents: of its raw channel files, in order; None where there is no raw data to compare with.
+            present: the channels that it has, in ascending order; None for all.
         """
         record = read_json_object(self._path(case))
         if record is None or record.get("version") != _RECORD_VERSION or record["plans"] != self._digest_of_plans:
             return False
-        if contents is not None and record["contents"] != [_as_json(content) for content in contents]:
+        if contents is not None and (
+            record["contents"] != [_as_json(content) for content in contents]
+            or record.get(PRESENT_CHANNELS) != (None if present is None else list(present))
+        ):
             return False
         for name, size in record["outputs"].items():
             path = os.path.join(self.folder, name)
@@ -76,19 +83,32 @@ class CaseRecords:
         return True
 
     def write(
-        self, case: str, raw_files: Sequence[str], contents: Sequence[ImageContent], outputs: Mapping[str, int]
+        self,
+        case: str,
+        raw_files: Sequence[str],
+        contents: Sequence[ImageContent],
+        outputs: Mapping[str, int],
+        present: Sequence[int] | None = None,
     ) -> None:
-        """Declare the case done. `outputs`: size in bytes of each of its files in the folder."""
-        write_json_whole(
-            self._path(case),
-            {
-                "version": _RECORD_VERSION,
-                "plans": self._digest_of_plans,
-                "raw": {os.path.basename(file): file_stamp(file) for file in raw_files},
-                "contents": [_as_json(content) for content in contents],
-                "outputs": dict(outputs),
-            },
-        )
+        """Declare the case done.
+
+        Args:
+            case: its name.
+            raw_files: its channel files, in order.
+            contents: of these.
+            outputs: size in bytes of each of its files in the folder.
+            present: the channels that it has, in ascending order; None for all.
+        """
+        record: dict[str, object] = {
+            "version": _RECORD_VERSION,
+            "plans": self._digest_of_plans,
+            "raw": {os.path.basename(file): file_stamp(file) for file in raw_files},
+            "contents": [_as_json(content) for content in contents],
+            "outputs": dict(outputs),
+        }
+        if present is not None:
+            record[PRESENT_CHANNELS] = list(present)
+        write_json_whole(self._path(case), record)
 
     def forget(self, case: str) -> None:
         """Remove the record of a case, so that it no longer counts as done."""

@@ -17,6 +17,8 @@ def unlabelled_geometry(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Shape after cropping to the non-zero region (voxels) and spacing (mm) of each unlabelled case, in name order.
 
+    Of a case that lacks channels, those that it has count.
+
     Args:
         raw_dataset_folder: holds `imagesUn/`.
         dataset_json: content of dataset.json.

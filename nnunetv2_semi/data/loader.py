@@ -21,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
+from nnunetv2_semi.data.modalities import CaseChannels, ModalityDrop, mark_present
 from nnunetv2_semi.data.processes import exit_with_parent
 
 Batch = dict[str, object]
@@ -98,6 +99,7 @@ class SeededBatches(Dataset):
 
     Neither the number of workers nor a restart nor the other loaders change a batch, so that two trainers with one seed
     see the same labelled batches. The caller's random states (Python, numpy, torch on the CPU) are left as they were.
+    A batch says which channels its patches have, see `mark_present`.
 
     Args:
         loaders: nnU-Net loaders by name. Blurring of their transforms is set to one algorithm: nnU-Net's takes the one
@@ -105,10 +107,14 @@ class SeededBatches(Dataset):
         seed: of the run, 0 or greater.
         stream: name that keeps apart uses within a run ("training", "validation").
         rank: of the process under DDP, 0 or greater.
+        drop: augmentation that takes modalities away.
     """
 
-    def __init__(self, loaders: Mapping[str, nnUNetDataLoader], seed: int, stream: str = "", rank: int = 0) -> None:
+    def __init__(self, loaders: Mapping[str, nnUNetDataLoader], seed: int, stream: str = "", rank: int = 0,
+                 drop: ModalityDrop | None = None) -> None:
         self.loaders = dict(loaders)
+        self.drop = drop
+        self._cases = {name: CaseChannels(loader._data) for name, loader in self.loaders.items()}
         self.seed = seed
         self.stream = stream
         self.rank = rank
@@ -128,6 +134,7 @@ class SeededBatches(Dataset):
             entropy = (self.seed, zlib.crc32(self.stream.encode()), self.rank, zlib.crc32(name.encode()), index)
             with _seeded(np.random.SeedSequence(entropy)):
                 batches[name] = loader.generate_train_batch()
+                mark_present(batches[name], self._cases[name], self.drop)
         return batches
 
 

@@ -33,6 +33,7 @@ def make_phantom_dataset(
     channels: int = 2,
     regions: bool = False,
     ignore_label: bool = False,
+    unpaired: bool = False,
     spacing: tuple[float, ...] | None = None,
     seed: int = 0,
     file_ending: str = ".nii.gz",
@@ -53,6 +54,7 @@ def make_phantom_dataset(
         channels: 1 to 4, the first ones of ``MODALITIES``, one file each.
         regions: Declare the overlapping regions liver (with its lesion), kidney, spine and lesion in place of labels.
         ignore_label: Label only a part of each structure in ``labelsTr``; the other voxels carry ``IGNORE_LABEL``.
+        unpaired: Each case has one channel alone: case k has channel k modulo ``channels``.
         spacing: Voxel size in mm, in the order of ``shape``; 2 mm by default. A .png file does not store it.
         seed: Of the random numbers.
         file_ending: ``.nii.gz`` or another SimpleITK format nnU-Net reads, or ``.png`` for 2D.
@@ -77,6 +79,8 @@ def make_phantom_dataset(
                 case = make_phantom_case(case_number, shape, channels, seed)
                 case_name = f"case_{case_number:04d}"
                 for channel, image in enumerate(case.images):
+                    if unpaired and channel != case_number % channels:
+                        continue
                     target = partial / f"images{split}" / f"{case_name}_{channel:04d}{file_ending}"
                     _write_image(image, target, voxel_size)
                 if split != "Un":

@@ -11,6 +11,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_semi.data.case_channels import channels_of_cases, lacking_channels, lacking_warning
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
 from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
 from nnunetv2_semi.data.identity import (
@@ -60,8 +61,8 @@ def check_case_names(
     """All checks of a raw data set that need no image to be read. Returns the unlabelled cases (may be none).
 
     Raises:
-        UserError: images in imagesTr without a label, wrongly named or incomplete unlabelled cases, or unlabelled cases
-            that are labelled as well (in imagesTr, or named in splits_final.json).
+        UserError: images in imagesTr without a label, wrongly named unlabelled cases, or unlabelled cases that are
+            labelled as well (in imagesTr, or named in splits_final.json).
     """
     check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
     unlabelled = list_unlabelled_cases(raw_dataset_folder, dataset_json)
@@ -83,9 +84,9 @@ def prepare_unlabelled(
 ) -> UnlabelledCases:
     """Preprocess what is new or changed in imagesUn, and return all unlabelled cases that may be trained on.
 
-    A case is done again if its raw images or those parts of the plans that it depends on changed, else not. Killed at
-    any moment, it continues where it was. Without raw data (a cluster node), finished cases are used as they are. To be
-    called by one process only.
+    A case may lack channels, of which one line is reported. A case is done again if its raw images or those parts of
+    the plans that it depends on changed, else not. Killed at any moment, it continues where it was. Without raw data
+    (a cluster node), finished cases are used as they are. To be called by one process only.
 
     Args:
         plans_manager: names the data set.
@@ -99,7 +100,8 @@ def prepare_unlabelled(
 
     Raises:
         UserError: no unlabelled case; the mistakes listed in `check_case_names`; an unlabelled image that is a labelled
-            case under another name; unreadable images (all in one message, after the others are done).
+            case under another name; files that hold other channels than their names say; cases that lack channels with
+            a preprocessor that cannot fill them; unreadable images (all in one message, after the others are done).
     """
     folder = unlabelled_folder(plans_manager, configuration_manager)
     preprocessed_dataset_folder = os.path.dirname(folder)
@@ -132,7 +134,12 @@ def prepare_unlabelled(
     unreadable = _unreadable_cases(cases, contents, unreadable_files)
     job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, preprocessor_class, folder)
     readable = {case: files for case, files in cases.items() if case not in unreadable}
-    preprocess_missing(job, readable, contents, records, num_processes, show_progress_bar, report)
+    channels_read = {case: sum(contents[file].shape[0] for file in files) for case, files in readable.items()}
+    channels = channels_of_cases(readable, channels_read, dataset_json)
+    if warning := lacking_warning(channels, dataset_json, "unlabelled"):
+        report(warning)
+    lacking = lacking_channels(channels, dataset_json)
+    preprocess_missing(job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
 
     reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
     reasons += list(unreadable.values())

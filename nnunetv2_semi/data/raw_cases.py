@@ -19,25 +19,25 @@ LABELLED_FOLDER = "imagesTr"
 def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
     """Unlabelled cases in `imagesUn/`: case name to its channel files, in channel order; cases in alphabetical order.
 
-    An absent or empty folder gives an empty dict. Hidden files and other file endings than dataset.json's are ignored.
+    A case may lack channels: `channels_of_case` tells which it has. An absent or empty folder gives an empty dict.
+    Hidden files and other file endings than dataset.json's are ignored.
 
     Raises:
-        UserError: images without a channel number in their name, channels that dataset.json does not have, or (all
-            cases in one message) missing channels.
+        UserError: images without a channel number in their name, or channels that dataset.json does not have.
     """
     folder = os.path.join(raw_dataset_folder, UNLABELLED_FOLDER)
     cases, unnumbered = _channels_per_case(folder, dataset_json["file_ending"])
     if unnumbered:
         raise UserError(
-            f"Images in {folder} have no channel number in their name: {_shown(unnumbered)}. Name them "
+            f"Images in {folder} have no channel number in their name: {shown(unnumbered)}. Name them "
             f"{naming_rule(dataset_json)}."
         )
-    _check_channels_complete(folder, cases, list_labelled_cases(raw_dataset_folder, dataset_json), dataset_json)
+    _check_no_surplus(folder, cases, dataset_json)
     return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
 
 
 def list_labelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    """Labelled cases: case name to its channel files, in channel order.
+    """Labelled cases: case name to its channel files, in channel order; a case may lack channels.
 
     These are the cases in `imagesTr/`, or those under "dataset" in dataset.json where nnU-Net is told so.
     """
@@ -106,6 +106,12 @@ def naming_rule(dataset_json: dict) -> str:
     return f"CASE_0000{ending}" if last == 0 else f"CASE_0000{ending} to CASE_{last:04d}{ending} (one file per channel)"
 
 
+def shown(names: list[str], at_most: int = 20) -> str:
+    """Names separated by commas, cut off after `at_most` with the number of the others."""
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
     """Case name to {channel index: file}, and the image files whose names have no channel number."""
     name_with_channel = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
@@ -123,30 +129,11 @@ def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[in
     return dict(sorted(cases.items())), unnumbered
 
 
-def _check_channels_complete(
-    folder: str, cases: dict[str, dict[int, str]], labelled: dict[str, list[str]], dataset_json: dict
-) -> None:
-    files_per_case = max((len(files) for files in labelled.values()), default=num_channels(dataset_json))
-    # A single file may hold all channels (colour images): then the labelled cases have one file each too.
-    expected = set(range(min(files_per_case, num_channels(dataset_json))))
-    ending = dataset_json["file_ending"]
-    missing: list[str] = []
-    surplus: list[str] = []
-    for case, channels in cases.items():
-        missing += [f"{case}_{index:04d}{ending}" for index in sorted(expected - set(channels))]
-        surplus += [os.path.basename(channels[index]) for index in sorted(set(channels) - expected)]
-    if missing:
-        raise UserError(
-            f"Unlabelled cases in {folder} lack channels. Missing files: {', '.join(missing)}. Each case needs "
-            f"{len(expected)} channel(s), as channel_names in dataset.json says: add the files or remove the cases."
-        )
+def _check_no_surplus(folder: str, cases: dict[str, dict[int, str]], dataset_json: dict) -> None:
+    count = num_channels(dataset_json)
+    surplus = [os.path.basename(file) for files in cases.values() for index, file in files.items() if index >= count]
     if surplus:
         raise UserError(
-            f"Unlabelled cases in {folder} have more channels than the {len(expected)} that channel_names in "
-            f"dataset.json names: {_shown(surplus)}. Remove these files."
+            f"Unlabelled cases in {folder} have more channels than the {count} that channel_names in dataset.json "
+            f"names: {shown(surplus)}. Remove these files, or name them {naming_rule(dataset_json)}."
         )
-
-
-def _shown(names: list[str], at_most: int = 20) -> str:
-    rest = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

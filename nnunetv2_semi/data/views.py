@@ -7,17 +7,21 @@ from typing import Literal
 
 import torch
 
+from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
+
 
 def with_noise(
     image: torch.Tensor, standard_deviation: float, lowest: float | None = None, highest: float | None = None
 ) -> torch.Tensor:
     """``image`` (B, C, *spatial) plus Gaussian noise, clamped to [lowest, highest] (default: two standard deviations).
 
-    Draws from torch's global random state. Intensities are nnU-Net's normalised ones.
+    Channels that a case lacks stay as they are. Draws from torch's global random state. Intensities are nnU-Net's
+    normalised ones.
     """
     lowest = -2 * standard_deviation if lowest is None else lowest
     highest = 2 * standard_deviation if highest is None else highest
-    return torch.randn_like(image).mul_(standard_deviation).clamp_(lowest, highest).add_(image)
+    noisy = torch.randn_like(image).mul_(standard_deviation).clamp_(lowest, highest).add_(image)
+    return fill_absent(noisy, present_channels(image))
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class IntensityViews:
     def apply(self, image: torch.Tensor, shift_by: Literal["std", "mean"] = "std") -> torch.Tensor:
         """The views (views, B, C, *spatial) of ``image`` (B, C, *spatial), on its device, in its data type.
 
+        Channels that a case lacks stay as they are.
+
         shift_by: b is in units of each channel's standard deviation, or of its mean, which is about 0 where intensities
         are z-scored.
         """
@@ -68,7 +74,7 @@ class IntensityViews:
         for view, patch in self.sigma.nonzero().tolist():
             noise = torch.randn(image.shape[1:], generator=generator, dtype=image.dtype, device=image.device)
             views[view, patch].add_(noise, alpha=float(self.sigma[view, patch]))
-        return views
+        return fill_absent(views, present_channels(image).expand(len(views), -1, -1))
 
     def _curved(self, image: torch.Tensor) -> torch.Tensor:
         """(views, B, C, *spatial): l + (h - l) ((x - l) / (h - l))^gamma, l and h of each channel of a patch."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
 
+from nnunetv2_semi.data.case_channels import channel_numbers
 from nnunetv2_semi.data.dataset_settings import num_channels, read_dataset_settings
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
@@ -102,7 +103,9 @@ def _check_layout(folder: str, dataset_json: dict) -> tuple[list[Check], RawCase
         unlabelled = list_unlabelled_cases(folder, dataset_json)
     except UserError as error:
         checks.append(problem(str(error)))
-        unlabelled = _cases_as_nnunet_lists_them(os.path.join(folder, UNLABELLED_FOLDER), dataset_json)
+        unlabelled = _without_surplus(
+            _cases_as_nnunet_lists_them(os.path.join(folder, UNLABELLED_FOLDER), dataset_json), dataset_json
+        )
     without_label = labelled_images_without_label(folder, dataset_json) if labelled else []
     with_label = [case for case in labelled if case not in without_label]
     checks += _check_labelled(folder, dataset_json, with_label, without_label)
@@ -126,6 +129,17 @@ def _cases_as_nnunet_lists_them(folder: str, dataset_json: dict) -> dict[str, li
     names = [str(name) for name in get_identifiers_from_splitted_dataset_folder(folder, ending)]
     cases = {name: list(create_paths_fn(folder, files, ending, name)) for name in names}
     return {name: paths for name, paths in cases.items() if paths}
+
+
+def _without_surplus(cases: dict[str, list[str]], dataset_json: dict) -> dict[str, list[str]]:
+    """Only the files whose channel the data set has: the others have been reported."""
+    ending, count = dataset_json["file_ending"], num_channels(dataset_json)
+    numbers = {case: channel_numbers(files, ending) or [] for case, files in cases.items()}
+    known = {
+        case: [file for file, number in zip(files, numbers[case], strict=False) if number < count]
+        for case, files in cases.items()
+    }
+    return {case: files for case, files in known.items() if files}
 
 
 def _label_file(folder: str, dataset_json: dict, case: str) -> str:

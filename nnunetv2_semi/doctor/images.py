@@ -17,9 +17,9 @@ from nnunetv2.imageio.reader_writer_registry import (
 )
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_semi.data.dataset_settings import num_channels
 from nnunetv2_semi.data.identity import Duplicate, ImageContent, find_duplicates, geometry_difference, read_content
 from nnunetv2_semi.data.processes import results_in_parallel
+from nnunetv2_semi.doctor.channels import check_channels
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 
 # Starting a process costs about as much as reading this many small files.
@@ -67,8 +67,7 @@ def check_images(
     reports = _read_all(files, set(labels.values()), reader_name)
     yield from _check_readable(files, reports, {file for paths in test.values() for file in paths})
     contents = {file: report.content for file, report in reports.items() if report.content is not None}
-    # Those of unlabelled cases are checked where the cases are listed.
-    yield from _check_channels({"imagesTr": labelled, "imagesTs": test}, contents, num_channels(dataset_json))
+    yield from check_channels({"labelled": labelled, "unlabelled": unlabelled, "test": test}, contents, dataset_json)
     yield from _check_geometry({**labelled, **unlabelled}, labels, contents)
     yield from _check_label_values(labels, reports, dataset_json)
     yield from _check_duplicates(labelled, unlabelled, test, contents)
@@ -119,23 +118,6 @@ def _check_readable(files: list[str], reports: Mapping[str, FileReport], test_fi
         yield warning(finding, remedy) if file in test_files else problem(finding, remedy)
     if not damaged:
         yield ok(f"all {len(files)} image and label files can be read")
-
-
-def _check_channels(
-    groups: Mapping[str, Cases], contents: Mapping[str, ImageContent], expected: int
-) -> Iterator[Check]:
-    """A file may hold several channels (RGB, 4D), so channels are counted in what was read."""
-    for folder, cases in groups.items():
-        wrong = []
-        for case, files in cases.items():
-            if all(file in contents for file in files):
-                present = sum(contents[file].shape[0] for file in files)
-                if present != expected:
-                    wrong.append(f"{case} ({present} of {expected}: {listed(map(os.path.basename, files))})")
-        if wrong:
-            finding = f"{len(wrong)} cases in {folder} have missing or surplus channels: {listed(wrong)}"
-            remedy = f"give each case the {expected} channels of channel_names, or remove it"
-            yield warning(finding, remedy) if folder == "imagesTs" else problem(finding, remedy)
 
 
 def _check_geometry(cases: Cases, labels: Mapping[str, str], contents: Mapping[str, ImageContent]) -> Iterator[Check]:

@@ -38,11 +38,15 @@ class Batch:
 
     labelled: (B, C, *spatial). target: nnU-Net's target, a list with deep supervision.
     unlabelled: (B_u, C, *spatial); an empty tensor for methods that need none.
+    labelled_present, unlabelled_present: bool (B, modalities) and (B_u, modalities) on the CPU, which modalities (in
+    the order of ``Context.modalities``) the case of each patch has; None: all.
     """
 
     labelled: torch.Tensor
     target: Target
     unlabelled: torch.Tensor
+    labelled_present: torch.Tensor | None = None
+    unlabelled_present: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,28 @@ class Term:
     """One named part of the loss: ``weight * value`` is minimised, ``value`` and ``weight`` are logged.
 
     value: a scalar with a graph. supervised: it comes from labelled voxels; other terms are left out of a step in which
-    they are not finite.
+    they are not finite. applies: False where no patch of the step is of its kind; it counts for nothing then.
     """
 
     name: str
     value: torch.Tensor
     weight: float = 1.0
     supervised: bool = False
+    applies: bool = True
+
+
+@dataclass(frozen=True)
+class WholeCase:
+    """A labelled training case, cropped or padded to the patch size about its centre, without augmentation.
+
+    image: (C, *spatial). target: nnU-Net's (channels, *spatial), without deep supervision. modalities: numbers of those
+    that it has, in the order of ``Context.modalities``.
+    """
+
+    name: str
+    image: torch.Tensor
+    target: torch.Tensor
+    modalities: list[int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,8 @@ class Context:
     rows_of_all_processes: joins the rows of all of them, with gradients; likewise.
     scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
     patch_size: voxels per axis. num_heads: channels of the logits. build_network: another network of the plan's
-    architecture, freshly initialised, for so many input channels.
+    architecture, freshly initialised, for so many input channels. training_cases: the fold's labelled training cases,
+    in alphabetical order, read one by one.
     """
 
     supervised_loss: Callable[[Logits, Target], torch.Tensor]
@@ -86,6 +106,7 @@ class Context:
     patch_size: tuple[int, ...]
     num_heads: int
     build_network: Callable[[int], nn.Module]
+    training_cases: Callable[[], Iterator[WholeCase]]
 
 
 class Method(nn.Module):
@@ -167,9 +188,10 @@ class Method(nn.Module):
         passes = self.passes(self.student, batch.labelled)
         yield [self.supervised(next(passes), batch.target)]
 
-    def supervised(self, output: Logits, target: Target, name: str = "supervised", weight: float = 1.0) -> Term:
+    def supervised(self, output: Logits, target: Target, name: str = "supervised", weight: float = 1.0,
+                   applies: bool = True) -> Term:
         """nnU-Net's own loss as a term."""
-        return Term(name, self.context.supervised_loss(output, target), weight, supervised=True)
+        return Term(name, self.context.supervised_loss(output, target), weight, supervised=True, applies=applies)
 
     def unlabelled_weight(self, weight: float, ramp_fraction: float = 0.0) -> float:
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""
@@ -212,6 +234,10 @@ class Method(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """Networks validated by themselves besides ``deployable``, by name; each takes the whole image."""
         return {}
+
+    def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
+        """Which images can be predicted by the part ``name`` alone: bool (B,), of ``present``, bool (B, modalities)."""
+        return torch.ones(len(present), dtype=torch.bool)
 
     def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
         """What to show of a patch (1, C, *spatial) in pictures.png: name -> logits, and name -> map (1, *spatial).

@@ -6,7 +6,7 @@ image segmentation", Medical Image Analysis 83, 2023, 102656.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar, Literal
@@ -19,20 +19,17 @@ from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast, slices_as_areas
 from nnunetv2_semi.losses.predictions import (
-    Logits,
-    confusion_counts,
-    dice_from_counts,
     foreground,
     full_resolution,
     probabilities,
 )
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.modality_scores import ModalityScores
+from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality
 from nnunetv2_semi.teachers import BestModelAverage, EMATeacher, Teacher
-
-_DICE_MEMORY = 0.99  # of the counts behind "which modality is better", per step
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,6 @@ class SemiCML(Method):
     Settings: ClassVar[type[BaseSettings]] = SemiCMLSettings
     settings: SemiCMLSettings
     student: ModalityBranches
-    train_counts: torch.Tensor
 
     def __init__(self, student: ModalityBranches, settings: SemiCMLSettings, context: Context) -> None:
         super().__init__(student, settings, context)
@@ -102,10 +98,7 @@ class SemiCML(Method):
         self._teachers = nn.ModuleList(
             EMATeacher(branch, settings.ema_decay) if settings.teacher == "ema" else BestModelAverage(branch)
             for branch in student.branches)
-        self.better = self.names[0]
-        # (modality, true positive / false positive / false negative, foreground class), decayed sums over steps
-        self.register_buffer("train_counts", torch.zeros(len(self.names), 3, 0))
-        self._step_counts: dict[str, torch.Tensor] = {}
+        self.scores = ModalityScores(self.names, context.regions, context.ignore_label)
 
     # networks
 
@@ -148,64 +141,106 @@ class SemiCML(Method):
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         relearning = self.settings.prel and self.progress >= self.settings.prel_start
         keep_supervised = not (relearning and self.settings.drop_supervised_in_prel)
-        outputs = {name: self.passes(self.student.branch(name), self.student.select(batch.labelled, name),
-                                     *self._joined_with_labelled(batch, name, relearning)) for name in self.names}
-        for name in self.names:
-            output = next(outputs[name])
-            self._count(name, output, batch)
+        labelled, unlabelled = self._labelled_rows(batch), self._unlabelled_rows(batch, relearning)
+        outputs = {name: self.passes(self.student.branch(name), self.student.select(rows.of(batch.labelled), name),
+                                     *self._joined_with_labelled(batch, name, unlabelled))
+                   for name, rows in labelled.items()}
+        for name, rows in labelled.items():
+            output, target = next(outputs[name]), rows.of(batch.target)
+            self.scores.count(name, output, target, rows)
             weight = float(keep_supervised)
-            yield [self.supervised(output, batch.target, f"supervised_{name}", weight)] if keep_supervised else []
+            yield [self.supervised(output, target, f"supervised_{name}", weight, not rows.empty)] \
+                if keep_supervised else []
         if relearning:
-            yield from self._relearning(batch, outputs)
+            yield from self._relearning(batch, unlabelled, outputs)
         else:
-            yield self._mutual_learning(batch, outputs)
+            yield self._mutual_learning(batch, unlabelled, outputs)
 
-    def _joined_with_labelled(self, batch: Batch, name: str, relearning: bool) -> list[torch.Tensor]:
+    def _labelled_rows(self, batch: Batch) -> dict[str, Rows]:
+        """The labelled patches that each modality learns from: those that have it."""
+        if batch.labelled_present is None:
+            return {name: Rows() for name in self.names}
+        return {name: Rows.where(has) for name, has in zip(self.names, batch.labelled_present.T, strict=True)}
+
+    def _unlabelled_rows(self, batch: Batch, relearning: bool) -> dict[str, Rows]:
+        """The unlabelled patches that each modality learns from.
+
+        In stage 1 those with two modalities or more; in stage 2, for those modalities that learn then, those that have
+        it and a modality that teaches.
+        """
+        present = batch.unlabelled_present
+        if present is None:
+            present = torch.ones(len(batch.unlabelled), len(self.names), dtype=torch.bool)
+        if not relearning:
+            return dict.fromkeys(self.names, Rows.where(present.sum(1) > 1))
+        taught = present[:, [self.names.index(name) for name in self._teaching()]].any(1)
+        return {name: Rows.where(present[:, self.names.index(name)] & taught) for name in self._learners()}
+
+    def _joined_with_labelled(self, batch: Batch, name: str, unlabelled: dict[str, Rows]) -> list[torch.Tensor]:
         """Unlabelled patches that go through the branch with the labelled ones in the one-pass arrangement."""
-        if not self.context.one_pass or (relearning and name not in self._learners()):
+        if not self.context.one_pass or name not in unlabelled:
             return []
-        return [self.student.select(batch.unlabelled, name)]
+        return [self.student.select(unlabelled[name].of(batch.unlabelled), name)]
 
-    def _unlabelled_output(self, batch: Batch, name: str, outputs: dict[str, Iterator], together: bool) -> torch.Tensor:
+    def _unlabelled_output(self, batch: Batch, name: str, rows: Rows, outputs: dict[str, Iterator],
+                           together: bool) -> torch.Tensor:
         """Full-resolution logits of a branch on the unlabelled patches; together with those of the other branches?"""
         if self.context.one_pass:
             return full_resolution(next(outputs[name]))
-        image = self.student.select(batch.unlabelled, name)
+        image = self.student.select(rows.of(batch.unlabelled), name)
         return full_resolution(next(self.passes(self.student.branch(name), image, together=together)))
 
-    def _mutual_learning(self, batch: Batch, outputs: dict[str, Iterator]) -> list[Term]:
+    def _mutual_learning(self, batch: Batch, unlabelled: dict[str, Rows], outputs: dict[str, Iterator]) -> list[Term]:
         """Stage 1: asc_weight L_ASC(p_1, p_2) + w(t) mean (p_1 - p_2)^2, the mean over pairs of modalities."""
-        predicted = [probabilities(self._unlabelled_output(batch, name, outputs, together=True), self.context.regions)
-                     for name in self.names]
-        self.note_agreement(predicted[0].detach(), predicted[1])
-        pairs = list(combinations(predicted, 2))
+        predicted = [probabilities(self._unlabelled_output(batch, name, rows, outputs, together=True),
+                                   self.context.regions) for name, rows in unlabelled.items()]
+        applies = not unlabelled[self.names[0]].empty
+        pairs = self._pairs(predicted, batch.unlabelled_present, unlabelled[self.names[0]])
+        if applies:
+            self.note_agreement(pairs[0][0].detach(), pairs[0][1])
         difference = sum(torch.mean((first - second) ** 2) for first, second in pairs) / len(pairs)
         weight = self.unlabelled_weight(self.settings.consistency_weight, self.settings.ramp_fraction)
-        terms = [Term("consistency", torch.as_tensor(difference), weight)]
+        terms = [Term("consistency", torch.as_tensor(difference), weight, applies=applies)]
         if self.settings.asc:
-            areas = self._areas(*predicted)
-            contrasts = [self._contrast(first, second) for first, second in combinations(areas, 2)]
+            contrasts = [self._contrast(*self._areas(first, second)) for first, second in pairs]
             terms.append(Term("asc", torch.stack(contrasts).mean(), self.unlabelled_weight(
-                self.settings.asc_weight, self.settings.asc_ramp_fraction)))
+                self.settings.asc_weight, self.settings.asc_ramp_fraction), applies=applies))
         return terms
+    @staticmethod
+    def _pairs(predicted: list[torch.Tensor], present: torch.Tensor | None,
+               rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Predictions of two modalities for the patches that have both, of all pairs of which there are patches."""
+        pairs = []
+        for first, second in combinations(range(len(predicted)), 2):
+            both = Rows() if present is None or rows.empty else Rows.where(rows.of(present)[:, [first, second]].all(1))
+            if not both.empty:
+                pairs.append((both.of(predicted[first]), both.of(predicted[second])))
+        return pairs
 
-    def _relearning(self, batch: Batch, outputs: dict[str, Iterator]) -> Iterator[list[Term]]:
+    def _relearning(self, batch: Batch, unlabelled: dict[str, Rows], outputs: dict[str, Iterator],
+                    ) -> Iterator[list[Term]]:
         """Stage 2: alpha L_ASC(p_t, p_m) + (1 - alpha)(L_CE + L_Dice), p_t the better modality's soft label."""
         better = self.better_modality()
-        soft_label = self._soft_label(batch, [better] if self.settings.soft_label == "better" else self.names)
-        for name in self._learners():
-            logits = self._unlabelled_output(batch, name, outputs, together=False)
-            predicted = probabilities(logits, self.context.regions)
-            self.note_agreement(soft_label, predicted)
+        soft_labels = self._soft_labels(batch)
+        for name, rows in unlabelled.items():
+            logits = self._unlabelled_output(batch, name, rows, outputs, together=False)
+            predicted, soft_label = probabilities(logits, self.context.regions), rows.of(soft_labels)
+            applies = not rows.empty
+            if applies:
+                self.note_agreement(soft_label, predicted)
             alpha = self.settings.alpha_better if name == better else self.settings.alpha_weaker
             regions, whole = self.context.regions, self.settings.prel_weight
             relearn = (soft_cross_entropy(logits, soft_label, regions) + soft_dice_loss(predicted, soft_label, regions))
             if not self.settings.asc:
-                yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(whole))]
+                yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(whole), applies=applies)]
                 continue
             contrast = self._contrast(*self._areas(soft_label, predicted))
-            yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(whole * (1.0 - alpha))),
-                   Term(f"prel_asc_{name}", contrast, self.unlabelled_weight(whole * alpha))]
+            yield [Term(f"prel_{name}", relearn, self.unlabelled_weight(whole * (1.0 - alpha)), applies=applies),
+                   Term(f"prel_asc_{name}", contrast, self.unlabelled_weight(whole * alpha), applies=applies)]
+
+    def _teaching(self) -> list[str]:
+        """The modalities whose teachers make the soft label."""
+        return [self.better_modality()] if self.settings.soft_label == "better" else list(self.names)
 
     def _learners(self) -> list[str]:
         """The modalities that re-learn now: the better one learns from itself at the end of stage 2 alone."""
@@ -214,19 +249,25 @@ class SemiCML(Method):
         joins_at = 1.0 - self.settings.self_relearning * (1.0 - self.settings.prel_start)
         return [name for name in self.names if name != self.better_modality() or self.progress >= joins_at]
 
-    def _soft_label(self, batch: Batch, teaching: Sequence[str]) -> torch.Tensor:
-        """Mean probability of the teachers of ``teaching`` over noisy passes, dropout active."""
+    def _soft_labels(self, batch: Batch) -> torch.Tensor:
+        """Mean probability, over noisy passes with dropout active, of the teaching modalities that a patch has."""
         noise, passes = self.settings.prel_noise, self.settings.prel_passes
-        total = None
-        for name in teaching:
-            image, teacher = self.student.select(batch.unlabelled, name), self.teachers[self.names.index(name)]
+        image, present = batch.unlabelled, batch.unlabelled_present
+        total: torch.Tensor | float = 0.0
+        number: torch.Tensor | float = 0.0
+        for name in self._teaching():
+            index = self.names.index(name)
+            own, teacher = self.student.select(image, name), self.teachers[index]
+            has = torch.ones(len(image)) if present is None else present[:, index]
+            share = has.to(image, non_blocking=True).reshape(-1, *[1] * (image.ndim - 1))
+            number = number + passes * share
             with torch.no_grad(), teacher.dropout_active():
                 for _ in range(passes):
                     # the paper's noise: clamp(0.1 N(0, 1), 0, 0.2), never negative
-                    single = probabilities(teacher(with_noise(image, noise, 0.0, 2 * noise)), self.context.regions)
-                    total = single if total is None else total.add_(single)
-        assert total is not None
-        return total.div_(passes * len(teaching))
+                    single = probabilities(teacher(with_noise(own, noise, 0.0, 2 * noise)), self.context.regions)
+                    total = total + single * share
+        assert isinstance(total, torch.Tensor) and isinstance(number, torch.Tensor)
+        return total / number.clamp_min(1)
 
     def _areas(self, *predicted: torch.Tensor) -> list[torch.Tensor]:
         """Foreground probabilities of the same areas in each prediction, (areas, C, *area)."""
@@ -251,52 +292,25 @@ class SemiCML(Method):
             keep = ((first.detach() > 0.5) | (second.detach() > 0.5)).flatten(1).any(1)
         return area_similarity_contrast(first, second, self.settings.temperature, keep)
 
-    # which modality is better
-
-    def _count(self, name: str, output: Logits, batch: Batch) -> None:
-        target = batch.target if isinstance(batch.target, torch.Tensor) else batch.target[0]
-        with torch.no_grad():
-            predicted = probabilities(output, self.context.regions).detach()
-            self._step_counts[name] = confusion_counts(predicted, target, self.context.regions,
-                                                       self.context.ignore_label)
-
-    def training_dice(self) -> torch.Tensor:
-        """Smoothed Dice of each modality on labelled training patches, in the order of ``names``."""
-        return torch.nan_to_num(dice_from_counts(self.train_counts))
+    # after a step
 
     def better_modality(self) -> str:
         """The modality that teaches: set by the user, or the one with the higher smoothed training Dice."""
-        return self.settings.better_modality or self.better
+        return self.settings.better_modality or self.scores.best
 
     def after_step(self) -> None:
-        counts = self.context.sum_over_processes(torch.stack([self._step_counts[name] for name in self.names]))
-        if self.train_counts.shape[-1] == 0:
-            self.train_counts = torch.zeros_like(counts)
-        self.train_counts.mul_(_DICE_MEMORY).add_(counts)
-        for name, dice in zip(self.names, self.training_dice(), strict=True):
+        self.scores.after_step(self.context.sum_over_processes)
+        for name, dice in zip(self.names, self.scores.dice(), strict=True):
             self.metrics[f"training_dice_{name}"] = dice
         for teacher in self.teachers:
             if isinstance(teacher, EMATeacher):
                 teacher.update()
 
     def after_epoch(self) -> None:
-        dice = self.training_dice().tolist()
-        self.better = self.names[dice.index(max(dice))]
-        for teacher, score in zip(self.teachers, dice, strict=True):
+        self.scores.choose()
+        for teacher, score in zip(self.teachers, self.scores.dice().tolist(), strict=True):
             if isinstance(teacher, BestModelAverage):
                 teacher.update(score)
-
-    # state
-
-    def get_extra_state(self) -> str:
-        return self.better
-
-    def set_extra_state(self, state: str) -> None:
-        self.better = state
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        self.train_counts = torch.zeros_like(state_dict[prefix + "train_counts"], device=self.train_counts.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 
     # deployment
 
@@ -310,6 +324,9 @@ class SemiCML(Method):
         deployed = self.deployable()
         assert isinstance(deployed, ModalityBranches)
         return {name: SingleModality(deployed, name) for name in self.names}
+
+    def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
+        return present[:, self.names.index(name)]
 
     @classmethod
     def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],

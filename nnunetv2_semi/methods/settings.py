@@ -29,6 +29,9 @@ class Settings:
     final_validation: after training, nnU-Net's prediction of the fold's validation cases; `--val` makes up for it.
     snapshots: checkpoints kept on the way, at equal distances: checkpoint_snapshot_1.pth and so on.
     pictures: epochs of which pictures.png shows a validation patch, spread evenly over training; 0: no picture.
+    mirroring: as augmentation, and for the mean over mirrored images in prediction. rotation: degrees, the largest
+        angle of augmentation; None: nnU-Net's choice.
+    drop_modality: probability with which a training patch that has several modalities loses one of them.
     skip_unreadable: leave unreadable unlabelled cases out with a warning instead of stopping.
     max_skipped_steps: so many steps in a row with a non-finite loss stop training.
     modalities: modality name -> channels; None takes dataset.json's. regions: filled in by the trainer.
@@ -50,6 +53,9 @@ class Settings:
     final_validation: bool = True
     snapshots: int = 0
     pictures: int = 3
+    mirroring: bool = True
+    rotation: float | None = None
+    drop_modality: float = 0.0
     skip_unreadable: bool = False
     max_skipped_steps: int = 50
     modalities: dict[str, list[int]] | None = field(default=None)
@@ -58,9 +64,10 @@ class Settings:
     def __post_init__(self) -> None:
         at_least = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "save_every": 1,
                     "planned_graphs": 1, "max_skipped_steps": 1, "unlabelled_weight": 0, "seed": 0, "pictures": 0,
-                    "snapshots": 0, "unlabelled_batch_size": 1}
+                    "snapshots": 0, "unlabelled_batch_size": 1, "rotation": 0}
         for name, lowest in at_least.items():
             self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
+        self.require("drop_modality", 0 <= self.drop_modality <= 1, "between 0 and 1")
         self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self.require("initial_lr", self.initial_lr > 0, "greater than 0")
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnunetv2_semi.networks.present_channels import present_channels, present_modalities
+
 
 class ModalityBranches(nn.Module):
     """One segmentation network per modality of the same patient.
@@ -37,12 +39,14 @@ class ModalityBranches(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits (B, K, *spatial) whose softmax (or sigmoid) is the mean of the branches' probabilities.
 
-        With deep supervision a list of such logits, finest first.
+        The branches of the modalities that an image has vote. With deep supervision a list of such logits, finest
+        first.
         """
+        present = present_modalities(present_channels(image), self.channels.values())
         outputs = [self.branch(name)(self.select(image, name)) for name in self.names]
         if isinstance(outputs[0], torch.Tensor):
-            return mean_probability_logits(outputs, self.regions)
-        return [mean_probability_logits(list(scale), self.regions) for scale in zip(*outputs, strict=True)]
+            return mean_probability_logits(outputs, self.regions, present)
+        return [mean_probability_logits(list(scale), self.regions, present) for scale in zip(*outputs, strict=True)]
 
 
 class SingleModality(nn.Module):
@@ -60,10 +64,23 @@ class SingleModality(nn.Module):
         return self.network(image[:, self.channels])
 
 
-def mean_probability_logits(logits: Sequence[torch.Tensor], regions: bool) -> torch.Tensor:
-    """Logits of the mean probability of several predictions (each (B, K, *spatial)), without leaving log space."""
+def mean_probability_logits(logits: Sequence[torch.Tensor], regions: bool,
+                            voting: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of the mean probability of several predictions (each (B, K, *spatial)), without leaving log space.
+
+    voting: bool (B, predictions), those whose mean it is; None: all. Where none votes, all do.
+    """
     stacked = torch.stack([single.float() for single in logits])
+    votes = torch.ones(stacked.shape[:2], dtype=torch.bool, device=stacked.device)
+    if voting is not None:
+        votes = (voting | ~voting.any(1, keepdim=True)).T
+    votes = votes.reshape(*votes.shape, *[1] * (stacked.ndim - 2))
+    silent = torch.zeros_like(votes, dtype=stacked.dtype).masked_fill(~votes, -torch.inf)
     if not regions:
-        # The normalising constant log(number of predictions) is the same for all classes: softmax removes it.
-        return stacked.log_softmax(2).logsumexp(0)
-    return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
+        # The constant log(number of predictions) is the same for all classes, and so is the mean normaliser of the
+        # voters: softmax removes them. With it a single vote is that prediction's own logits, which nnU-Net's predictor
+        # averages over windows as it does with any network's.
+        normaliser = stacked.logsumexp(2, keepdim=True)
+        mean_normaliser = (normaliser * votes).sum(0) / votes.sum(0)
+        return (stacked - normaliser + silent).logsumexp(0) + mean_normaliser
+    return (F.logsigmoid(stacked) + silent).logsumexp(0) - (F.logsigmoid(-stacked) + silent).logsumexp(0)

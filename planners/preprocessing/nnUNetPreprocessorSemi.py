@@ -1,21 +1,23 @@
-"""Preprocessor that prepares unlabelled cases along with the labelled ones."""
+"""Preprocessor that prepares unlabelled cases along with the labelled ones, and cases that lack channels."""
 
 from __future__ import annotations
 
 import os
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semi.data.case_channels import channels_by_name, lacking_warning
+from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.preprocessing import check_case_names, prepare_unlabelled
+from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.data.whole_files import read_json_object
 from nnunetv2_semi.errors import UserError
 
 
-class nnUNetPreprocessorSemi(DefaultPreprocessor):
-    """nnU-Net's default preprocessor; labelled cases come out the same, byte for byte.
+class nnUNetPreprocessorSemi(FillingPreprocessor):
+    """nnU-Net's default preprocessor; labelled cases that lack no channel come out the same, byte for byte.
 
     `run` then prepares the cases in imagesUn, if there are any, as the trainers would do on first use.
     """
@@ -32,20 +34,26 @@ class nnUNetPreprocessorSemi(DefaultPreprocessor):
             num_processes: of either part.
 
         Raises:
-            UserError: see `nnunetv2_semi.data.preprocessing.prepare_unlabelled`.
+            UserError: labelled cases with surplus channels, or files whose channel cannot be told; and see
+                `nnunetv2_semi.data.preprocessing.prepare_unlabelled`.
         """
         dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
+        raw_dataset_folder = os.path.join(nnUNet_raw, dataset_name)
         preprocessed_dataset_folder = os.path.join(nnUNet_preprocessed, dataset_name)
         dataset_json_file = os.path.join(preprocessed_dataset_folder, "dataset.json")
         dataset_json = read_json_object(dataset_json_file)
         if dataset_json is None:
             raise UserError(f"{dataset_json_file} is missing. Plan the data set first (nnUNetv2_plan_experiment).")
+        plans_manager = PlansManager(os.path.join(preprocessed_dataset_folder, plans_identifier + ".json"))
         # cheap checks first: labelled cases may take hours
-        unlabelled = check_case_names(os.path.join(nnUNet_raw, dataset_name), preprocessed_dataset_folder, dataset_json)
+        unlabelled = check_case_names(raw_dataset_folder, preprocessed_dataset_folder, dataset_json)
+        labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
+        channels = channels_by_name(labelled, dataset_json, plans_manager.image_reader_writer_class)
+        if warning := lacking_warning(channels, dataset_json, "labelled"):
+            print(warning)
         super().run(dataset_name_or_id, configuration_name, plans_identifier, num_processes)
         if not unlabelled:
             return
-        plans_manager = PlansManager(os.path.join(preprocessed_dataset_folder, plans_identifier + ".json"))
         configuration_manager = plans_manager.get_configuration(configuration_name)
         prepare_unlabelled(
             plans_manager,

@@ -150,6 +150,32 @@ def test_the_record_says_where_every_link_leads(raw: Path) -> None:
     assert record(folder)["options"] == {"labeled": "4", "test": "4", "seed": 3}
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_cases_keep_the_channels_they_have(raw: Path, listed: bool) -> None:
+    source = make_source(raw, channels=2, unlabelled=2)
+    for index in range(20):
+        if index % 3:
+            (source / "imagesTr" / f"case_{index:02d}_{index % 3 - 1:04d}{ENDING}").unlink()
+    (source / "imagesUn" / f"un_1_0000{ENDING}").unlink()
+    files = {path.name for folder in ("imagesTr", "imagesUn") for path in (source / folder).iterdir()}
+    if listed:
+        content = json.loads((source / "dataset.json").read_text())
+        content["dataset"] = {
+            case: {
+                "images": [f"imagesTr/{path.name}" for path in sorted((source / "imagesTr").glob(f"{case}_*"))],
+                "label": f"labelsTr/{case}{ENDING}",
+            }
+            for case in cases(source, "imagesTr")
+        }
+        (source / "dataset.json").write_text(json.dumps(content))
+    assert command("--labeled", 5, "--test", 4) == 0
+    folder = made(raw)["5"]
+    links = record(folder)["links"]
+    images = {name.split("/")[1]: original for name, original in links.items() if name.startswith("images")}
+    assert set(images) == files
+    assert all(Path(original).name == name for name, original in images.items())
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_labels_of_unlabelled_cases_are_nowhere(raw: Path, monkeypatch: pytest.MonkeyPatch, hard: bool) -> None:
     source = make_source(raw, unlabelled=2)

@@ -12,6 +12,7 @@ import pytest
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.preprocessing import prepare_unlabelled
 from nnunetv2_semi.errors import UserError
 
@@ -105,6 +106,86 @@ def test_a_case_taken_out_of_imagesUn_is_not_used_any_more(tiny, monkeypatch):
     assert prepare(tiny).identifiers == ["un_a", "un_c"]
     shutil.rmtree(tiny.raw)
     assert prepare(tiny).identifiers == ["un_a", "un_c"]
+
+
+def prepare_filling(tiny, **options):
+    return prepare(tiny, preprocessor_class=FillingPreprocessor, **options)
+
+
+def stored(tiny, case):
+    folder = str(tiny.unlabelled_folder)
+    image, _, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    return image[:], properties
+
+
+def test_cases_that_lack_channels_are_reported_in_one_line(tiny):
+    raw_file(tiny, "un_a", 0).unlink()
+    raw_file(tiny, "un_b", 1).unlink()
+    lines = []
+    assert prepare_filling(tiny, report=lines.append).identifiers == CASES
+    warnings = [line for line in lines if "WARNING" in line]
+    assert len(warnings) == 1
+    assert "2 of 3 unlabelled cases lack channels (T2 only: 1, T1 only: 1): un_a, un_b." in warnings[0]
+    for case, channels in {"un_a": [1], "un_b": [0], "un_c": None}.items():
+        image, properties = stored(tiny, case)
+        assert image.shape[0] == 2 and properties.get("present_channels") == channels
+        assert properties["class_locations"] == {}
+
+
+def test_a_case_is_done_again_when_a_channel_comes_or_goes_or_becomes_another(tiny, preprocessed_cases):
+    prepare_filling(tiny)
+    channel_1 = raw_file(tiny, "un_b", 1)
+    content = channel_1.read_bytes()
+
+    def done():
+        preprocessed_cases.clear()
+        prepare_filling(tiny)
+        return list(preprocessed_cases)
+
+    assert done() == []
+    channel_1.unlink()
+    assert done() == ["un_b"] and stored(tiny, "un_b")[1]["present_channels"] == [0]
+    assert done() == []
+    raw_file(tiny, "un_b", 0).rename(channel_1)  # the same content
+    assert done() == ["un_b"] and stored(tiny, "un_b")[1]["present_channels"] == [1]
+    channel_1.rename(raw_file(tiny, "un_b", 0))
+    channel_1.write_bytes(content)
+    assert done() == ["un_b"] and "present_channels" not in stored(tiny, "un_b")[1]
+
+
+def test_records_of_cases_that_lack_nothing_say_nothing_of_channels(tiny, preprocessed_cases):
+    prepare(tiny)
+    records = tiny.unlabelled_folder / "records"
+    assert "present_channels" not in json.loads((records / "un_a.json").read_text())
+    raw_file(tiny, "un_c", 0).unlink()
+    preprocessed_cases.clear()
+    prepare_filling(tiny)
+    assert preprocessed_cases == ["un_c"]
+    assert json.loads((records / "un_c.json").read_text())["present_channels"] == [1]
+
+
+def test_a_preprocessor_that_cannot_fill_channels_is_refused(tiny, preprocessed_cases):
+    raw_file(tiny, "un_c", 1).unlink()
+    with pytest.raises(UserError, match="un_c.*DefaultPreprocessor cannot fill.*nnUNetPreprocessorSemi"):
+        prepare(tiny)
+    assert preprocessed_cases == []
+
+
+def test_a_labelled_image_is_refused_as_another_channel_too(tiny):
+    raw_file(tiny, "un_b", 1).unlink()
+    shutil.copy(tiny.raw_folder / "imagesTr" / "lab_a_0001.nii.gz", raw_file(tiny, "un_b", 0))
+    with pytest.raises(UserError, match=r"un_b_0000\.nii\.gz = lab_a_0001\.nii\.gz"):
+        prepare_filling(tiny)
+
+
+def test_files_with_other_channels_than_their_names_say_are_named(tiny, preprocessed_cases):
+    import SimpleITK as sitk
+
+    voxels = np.random.default_rng(0).normal(size=(2, 20, 28, 24)).astype(np.float32)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels, isVector=False), str(raw_file(tiny, "un_c", 1)))
+    with pytest.raises(UserError, match=r"Case un_c.*un_c_0001\.nii\.gz.*2 files with 3 channels"):
+        prepare_filling(tiny)
+    assert preprocessed_cases == []
 
 
 def truncate(path):

@@ -6,8 +6,11 @@ import torch
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
+from nnunetv2_semi.methods.base import Batch
+from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
+from nnunetv2_semi.networks.present_channels import fill_absent
 from nnunetv2_semi.step import TrainingStep
 from nnunetv2_semi.teachers import BestModelAverage
 
@@ -143,19 +146,19 @@ def test_the_better_modality_on_labelled_training_patches_teaches(small):
     batch = small.batch()
     with torch.no_grad():  # m1 answers with the truth, m0 with the wrong class everywhere
         truth = torch.nn.functional.one_hot(batch.target[:, 0].long(), 3).movedim(-1, 1).float() * 9
-    method._count("m0", truth.roll(1, 1), batch)
-    method._count("m1", truth, batch)
+    method.scores.count("m0", truth.roll(1, 1), batch.target, Rows())
+    method.scores.count("m1", truth, batch.target, Rows())
     method.after_step()
     method.after_epoch()
     assert method.better_modality() == "m1"
-    assert method.training_dice().tolist() == pytest.approx([0.0, 1.0])
+    assert method.scores.dice().tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_soft_label_is_the_mean_of_the_noisy_passes_and_soft(small):
-    method = make(small, prel_noise=0.1, prel_passes=4)
+    method = make(small, prel_noise=0.1, prel_passes=4, better_modality="m0")
     batch = small.batch()
     torch.manual_seed(3)
-    soft = method._soft_label(batch, ["m0"])
+    soft = method._soft_labels(batch)
     torch.manual_seed(3)
     singles = []
     for _ in range(4):
@@ -168,7 +171,7 @@ def test_soft_label_is_the_mean_of_the_noisy_passes_and_soft(small):
 def test_dropout_is_active_in_the_noisy_passes_and_only_there(small):
     method = make(small, dropout=0.5, prel_noise=0.0, prel_passes=1)
     batch = small.batch()
-    first, second = method._soft_label(batch, ["m0"]), method._soft_label(batch, ["m0"])
+    first, second = method._soft_labels(batch), method._soft_labels(batch)
     assert not torch.allclose(first, second)
     image = batch.unlabelled[:, :1]
     assert torch.equal(method.teachers[0](image), method.teachers[0](image))
@@ -211,7 +214,7 @@ def test_state_is_restored_whole(small):
     other.load_state_dict(method.state_dict())
     assert other.better_modality() == method.better_modality()
     assert other.teachers[0].updates == 3
-    assert torch.equal(other.train_counts, method.train_counts)
+    assert torch.equal(other.scores.counts, method.scores.counts)
     for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
@@ -259,3 +262,95 @@ def test_areas_without_foreground_take_no_part_in_the_contrast(small, empty_area
     faint = (0.01 * torch.rand(6, 2, 8, 8)).requires_grad_()
     method._contrast(faint, 0.01 * torch.rand(6, 2, 8, 8)).backward()
     assert bool(faint.grad.abs().max() > 0) == gradient_flows
+
+
+# cases that lack a modality: patch 0 is paired, 1 has m0 alone, 2 has m1 alone
+PARTLY = torch.tensor([[True, True], [True, False], [False, True]])
+
+
+def partly_paired(small, **options):
+    batch = small.batch(count=3, **options)
+    return replace(batch, labelled=fill_absent(batch.labelled, PARTLY), labelled_present=PARTLY,
+                   unlabelled=fill_absent(batch.unlabelled, PARTLY), unlabelled_present=PARTLY)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_a_term_sees_the_patches_that_have_its_modalities(small, one_pass, deep_supervision):
+    method = make(small, one_pass=one_pass, deep_supervision=deep_supervision, prel_noise=0.0, prel_passes=1,
+                  better_modality="m0", self_relearning=1.0)
+    batch = partly_paired(small, deep_supervision=deep_supervision)
+
+    def rows_of(batch, labelled, unlabelled):
+        target = [t[labelled] for t in batch.target] if deep_supervision else batch.target[labelled]
+        return Batch(batch.labelled[labelled], target, batch.unlabelled[unlabelled])
+
+    def terms(batch, progress):
+        torch.manual_seed(1)
+        method.progress = progress
+        return {t.name: t for g in method.loss(batch) for t in g}
+    stages = (0.2, {"consistency": [0], "asc": [0]}), (0.7, {"prel_m0": [0, 1], "prel_m1": [0]})
+    for progress, of_unlabelled in stages:
+        found = terms(batch, progress)
+        assert all(term.applies for term in found.values())
+        for name, rows in {"supervised_m0": [0, 1], "supervised_m1": [0, 2]}.items():
+            assert torch.allclose(found[name].value, terms(rows_of(batch, rows, [0]), progress)[name].value, atol=1e-6)
+        for name, rows in of_unlabelled.items():
+            assert torch.allclose(found[name].value, terms(rows_of(batch, [0], rows), progress)[name].value, atol=1e-6)
+
+
+def test_nothing_is_learnt_from_the_fill_of_absent_modalities(small):
+    method, batch = make(small, better_modality="m0"), partly_paired(small)
+    absent = torch.where(PARTLY.view(3, 2, 1, 1, 1), 0.0, 5.0)
+    other = replace(batch, labelled=batch.labelled + absent, unlabelled=batch.unlabelled + absent)
+    for progress in (0.2, 0.7):
+        (values, grads), (same, its) = gradients(method, batch, progress), gradients(method, other, progress)
+        assert values == pytest.approx(same, abs=1e-6)
+        for a, b in zip(grads, its, strict=True):
+            assert (a is None and b is None) or torch.allclose(a, b, atol=1e-6)
+
+
+def test_in_unpaired_data_the_unlabelled_terms_count_for_nothing(small):
+    unpaired = PARTLY[1:]
+    batch = small.batch()
+    batch = replace(batch, labelled=fill_absent(batch.labelled, unpaired), labelled_present=unpaired,
+                    unlabelled=fill_absent(batch.unlabelled, unpaired), unlabelled_present=unpaired)
+    method, control = make(small), make(small, unlabelled_weight=0.0)
+    control.load_state_dict(method.state_dict())
+    for progress in (0.2, 0.7):
+        terms, _ = step_of(method).run(batch, 0, progress)
+        step_of(control).run(batch, 0, progress)
+        assert [t.name for t in terms if t.applies] == ["supervised_m0", "supervised_m1"]
+        for own, others in zip(method.student.parameters(), control.student.parameters(), strict=True):
+            assert torch.equal(own, others)
+
+
+def test_a_modality_that_no_labelled_patch_has_gets_no_gradient_and_no_score(small):
+    batch = small.batch()
+    only_first = torch.tensor([[True, False]] * 2)
+    batch = replace(batch, labelled=fill_absent(batch.labelled, only_first), labelled_present=only_first)
+    method = make(small, unlabelled_weight=0.0)
+    before = [p.clone() for p in method.student.branches[1].parameters()]
+    terms, _ = step_of(method).run(batch, 0, 0.2)
+    assert {t.name for t in terms if not t.applies} == {"supervised_m1"}
+    assert all(torch.equal(a, b) for a, b in zip(before, method.student.branches[1].parameters(), strict=True))
+    assert method.scores.counts[1].sum() == 0 < method.scores.counts[0].sum()
+
+
+def test_the_mean_soft_label_is_of_the_modalities_that_a_patch_has(small):
+    method = make(small, soft_label="mean", prel_noise=0.0, prel_passes=1)
+    batch = partly_paired(small)
+    each = [teacher.network(batch.unlabelled[:, [channel]]).softmax(1)
+            for channel, teacher in enumerate(method.teachers)]
+    labels = method._soft_labels(batch)
+    for row, expected in enumerate([(each[0][0] + each[1][0]) / 2, each[0][1], each[1][2]]):
+        assert torch.allclose(labels[row], expected, atol=1e-6)
+
+
+def test_the_branches_of_the_modalities_present_vote(small):
+    method = make(small)
+    image = partly_paired(small).labelled
+    voted = method.deployable()(image).softmax(1)
+    alone = [method.student.branches[i](image[:, [i]]).softmax(1) for i in range(2)]
+    for row, expected in enumerate([(alone[0][0] + alone[1][0]) / 2, alone[0][1], alone[1][2]]):
+        assert torch.allclose(voted[row], expected, atol=1e-5)

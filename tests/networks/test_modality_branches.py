@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality, mean_probability_logits
+from nnunetv2_semi.networks.present_channels import fill_absent
 
 
 class Branch(nn.Conv2d):
@@ -26,6 +27,21 @@ def test_probabilities_are_the_mean_of_the_branches(regions):
     activate = torch.sigmoid if regions else lambda x: x.softmax(1)
     expected = (activate(network.branch("CT")(image[:, [1]])) + activate(network.branch("M.R/2")(image[:, [0, 2]]))) / 2
     assert torch.allclose(activate(network(image)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_single_vote_is_that_branchs_own_logits(regions):
+    network = make(regions)
+    image = fill_absent(torch.randn(2, 3, 6, 6) * 5, torch.tensor([[True, False, True], [False, True, False]]))
+    expected = [network.branch("M.R/2")(image[:1, [0, 2]]), network.branch("CT")(image[1:, [1]])]
+    assert torch.allclose(network(image), torch.cat(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_where_no_modality_is_present_all_vote(regions):
+    network = make(regions)
+    nothing = torch.full((1, 3, 6, 6), -0.0)
+    assert torch.allclose(network(nothing), network(nothing.abs()), atol=1e-6)
 
 
 @pytest.mark.parametrize("regions", [False, True])

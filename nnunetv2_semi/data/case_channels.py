@@ -1,0 +1,158 @@
+"""Which channels of its data set a case has: told by the numbers in the names of its files and by what they hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunetv2_semi.data.dataset_settings import num_channels
+from nnunetv2_semi.data.raw_cases import naming_rule, shown
+from nnunetv2_semi.errors import UserError
+
+
+def channel_names(dataset_json: dict) -> dict[int, str]:
+    """Channel index to name, in ascending order; names that are there twice get their index."""
+    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    unique = len(set(names.values())) == len(names)
+    return {
+        index: str(name) if unique else f"{name} ({index})"
+        for index, name in sorted((int(key), name) for key, name in names.items())
+    }
+
+
+def channel_numbers(files: Sequence[str], file_ending: str) -> list[int] | None:
+    """The numbers in the names of one case's files (`CASE_0001.nii.gz`: 1), in the order of `files`.
+
+    None where these are no channel numbers: a name has none, or the names differ in more than the number.
+    """
+    name_with_channel = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
+    matches = [name_with_channel.fullmatch(os.path.basename(file)) for file in files]
+    found = [(match.group(1), int(match.group(2))) for match in matches if match is not None]
+    if len(found) < len(files) or len({stem for stem, _ in found}) != 1:
+        return None
+    return [number for _, number in found]
+
+
+def channels_of_case(files: Sequence[str], channels_read: int, dataset_json: dict) -> list[int]:
+    """Index in `channel_names` of each channel that was read from one case's files, in the order of `files`.
+
+    Where the files hold all channels, the names matter as little as to nnU-Net: one file may hold them all, and files
+    listed in dataset.json may be called anything.
+
+    Args:
+        files: of one case.
+        channels_read: in all of them together.
+        dataset_json: content of dataset.json.
+
+    Raises:
+        UserError: no file; channels that are missing where no name tells which; more or fewer channels than files; a
+            number that `channel_names` lacks, or one that is there twice.
+    """
+    expected = num_channels(dataset_json)
+    numbers = channel_numbers(files, dataset_json["file_ending"])
+    if channels_read == expected and (len(files) == 1 or numbers is None or "dataset" in dataset_json):
+        return list(range(expected))
+    named = f"{', '.join(files)} ({_count(channels_read, 'channel')} of {expected})"
+    rule = naming_rule(dataset_json)
+    if not files:
+        raise UserError(f"A case has no image file. Name at least one of its channels {rule}.")
+    if numbers is None:
+        raise UserError(f"{named}: which channels are missing is not told by the names. Name the files {rule}.")
+    if channels_read != len(files):
+        raise UserError(
+            f"{named}: {_count(len(files), 'file')} with {_count(channels_read, 'channel')}. A file holds either one "
+            f"channel, named {rule}, or all {expected}."
+        )
+    beyond = sorted({number for number in numbers if number >= expected})
+    if beyond:
+        raise UserError(
+            f"{named}: there is no channel {', '.join(map(str, beyond))}, channel_names in dataset.json has 0 to "
+            f"{expected - 1}. Remove the file, or name it {rule}."
+        )
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{named}: a channel is there twice. Each file of a case is another channel, named {rule}.")
+    return numbers
+
+
+def channels_of_cases(
+    cases: Mapping[str, Sequence[str]], channels_read: Mapping[str, int], dataset_json: dict
+) -> dict[str, list[int]]:
+    """`channels_of_case` of each case (name to files, and name to number of channels in them), in ascending order.
+
+    Raises:
+        UserError: as `channels_of_case`, for all cases in one message.
+    """
+    channels = {}
+    mistakes = []
+    for case, files in cases.items():
+        try:
+            channels[case] = sorted(channels_of_case(files, channels_read[case], dataset_json))
+        except UserError as error:
+            mistakes.append(f"Case {case}: {error}")
+    if mistakes:
+        raise UserError(" ".join(mistakes))
+    return channels
+
+
+def channels_by_name(
+    cases: Mapping[str, Sequence[str]], dataset_json: dict, reader: type[BaseReaderWriter]
+) -> dict[str, list[int]]:
+    """`channels_of_cases` without reading them, but for one image that tells whether files hold all channels.
+
+    Raises:
+        UserError: as `channels_of_case`, for all cases in one message; or that one image cannot be read.
+    """
+    expected = num_channels(dataset_json)
+    single = next((files[0] for files in cases.values() if len(files) == 1), None)
+    in_one_file = expected > 1 and single is not None and _channels_in(single, reader) == expected
+    counts = {case: expected if in_one_file and len(files) == 1 else len(files) for case, files in cases.items()}
+    return channels_of_cases(cases, counts, dataset_json)
+
+
+def lacking_channels(channels: Mapping[str, Sequence[int]], dataset_json: dict) -> dict[str, list[int]]:
+    """Those of `channels` (case name to the channels it has) that are fewer than the data set's."""
+    expected = num_channels(dataset_json)
+    return {case: list(present) for case, present in channels.items() if len(present) < expected}
+
+
+def lacking_finding(channels: Mapping[str, Sequence[int]], dataset_json: dict, kind: str) -> str | None:
+    """Which cases lack channels and how many have which; None where none does.
+
+    Args:
+        channels: case name to the channels it has, of all cases.
+        dataset_json: content of dataset.json.
+        kind: of the cases, such as "unlabelled".
+    """
+    lacking = lacking_channels(channels, dataset_json)
+    if not lacking:
+        return None
+    names = channel_names(dataset_json)
+    counts = Counter("+".join(names[index] for index in present) for present in lacking.values())
+    present_only = ", ".join(f"{present} only: {count}" for present, count in counts.most_common())
+    return (
+        f"{len(lacking)} of {len(channels)} {kind} cases lack channels ({present_only}): {shown(sorted(lacking))}"
+    )
+
+
+def lacking_warning(channels: Mapping[str, Sequence[int]], dataset_json: dict, kind: str) -> str | None:
+    """`lacking_finding` as a warning for who forgot a file."""
+    finding = lacking_finding(channels, dataset_json, kind)
+    return finding and f"WARNING: {finding}. What is there is used. If a file was forgotten, add it."
+
+
+def _channels_in(file: str, reader: type[BaseReaderWriter]) -> int:
+    try:
+        return len(reader().read_images([file])[0])
+    except MemoryError:
+        raise
+    except Exception as error:  # readers raise whatever their libraries do
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{file} cannot be read ({reason}). Replace the file, or remove its case.") from error
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

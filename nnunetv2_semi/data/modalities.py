@@ -1,0 +1,63 @@
+"""Which channels the cases of patches have, and augmentation by dropping a modality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+from nnunetv2_semi.networks.present_channels import fill_absent
+
+PRESENT_CHANNELS = "present_channels"  # in the properties of a preprocessed case that lacks channels
+
+
+class CaseChannels:
+    """Which channels each case of a preprocessed data set has, as its preprocessor recorded; read once per case."""
+
+    def __init__(self, dataset: nnUNetBaseDataset) -> None:
+        self._dataset = dataset
+        self._found: dict[str, list[int] | None] = {}
+
+    def present(self, case: str, num_channels: int) -> list[bool]:
+        """Of each of ``num_channels`` channels, whether ``case`` has it."""
+        if case not in self._found:
+            properties = self._dataset.load_case(case)[-1]
+            self._found[case] = properties.get(PRESENT_CHANNELS)
+        channels = self._found[case]
+        return [channels is None or index in channels for index in range(num_channels)]
+
+
+@dataclass(frozen=True)
+class ModalityDrop:
+    """Augmentation: with ``probability`` a patch that has several modalities loses one, each with equal probability.
+
+    channels: of each modality.
+    """
+
+    probability: float
+    channels: Sequence[Sequence[int]]
+
+    def __call__(self, present: torch.Tensor) -> torch.Tensor:
+        """What is left of ``present``, bool (B, C). Draws from numpy's global random state."""
+        left = present.clone()
+        for row in left:
+            there = [list(own) for own in self.channels if row[list(own)].any()]
+            if len(there) > 1 and np.random.uniform() < self.probability:
+                row[there[np.random.randint(len(there))]] = False
+        return left
+
+
+def mark_present(batch: dict, cases: CaseChannels, drop: ModalityDrop | None) -> None:
+    """Note in nnU-Net's ``batch`` which channels its patches have, "present": bool (B, C).
+
+    What augmentation made of the fill in absent channels, and the intensities of those that ``drop`` takes away, are
+    replaced by the fill.
+    """
+    image = batch["data"]
+    present = torch.tensor([cases.present(str(case), image.shape[1]) for case in batch["keys"]])
+    batch["present"] = present if drop is None else drop(present)
+    if not batch["present"].all():
+        batch["data"] = fill_absent(image, batch["present"])

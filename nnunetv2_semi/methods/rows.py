@@ -1,0 +1,38 @@
+"""The patches of a batch that a term of the loss applies to, where cases may lack modalities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Patches = TypeVar("Patches", torch.Tensor, list[torch.Tensor], torch.Tensor | list[torch.Tensor])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some patches of a batch.
+
+    index: of the patches, on the CPU; None for all of them. empty: there is no such patch, and ``of`` gives all, for a
+    term of weight 0: processes that train together must all compute it, since nnU-Net's loss exchanges sums.
+    """
+
+    index: torch.Tensor | None = None
+    empty: bool = False
+
+    @classmethod
+    def where(cls, applies: torch.Tensor) -> Rows:
+        """The patches of which ``applies``, bool (B,) on the CPU, is true."""
+        if bool(applies.all()):
+            return cls()
+        index = applies.nonzero()[:, 0]
+        return cls(index) if len(index) else cls(empty=True)
+
+    def of(self, patches: Patches) -> Patches:
+        """These rows of a tensor (B, ...), or of each tensor of a list."""
+        if self.index is None:
+            return patches
+        if isinstance(patches, list):
+            return [self.of(scale) for scale in patches]
+        return patches[self.index.to(patches.device, non_blocking=True)]
