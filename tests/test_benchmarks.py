@@ -12,7 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("area_similarity", "loader", "memory", "step", "voxel_contrast")
+SCRIPTS = ("area_similarity", "cost_volume", "loader", "memory", "step", "voxel_contrast")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are part of the source tree alone")
 
@@ -86,6 +86,16 @@ def test_the_voxel_contrast_equals_the_direct_form_in_less_memory(script, capsys
     differences = re.search(r"values differ by (\S+), gradients by (\S+) of", output)
     assert differences is not None and all(float(value) < 1e-4 for value in differences.groups())
     assert rows(output, "ours")[0][5] == rows(output, "direct")[0][5]
+
+
+@pytest.mark.parametrize("shape", [("8", "9", "10"), ("20", "24")])
+def test_the_cost_volume_equals_the_loop_over_shifts_in_less_memory(script, capsys, shape):
+    script("cost_volume").main(["--shape", *shape, "--channels", "8", "--rounds", "1"])
+    output = capsys.readouterr().out
+    differences = re.search(r"values differ by (\S+), gradients by (\S+) of", output)
+    assert differences is not None and all(float(value) < 1e-5 for value in differences.groups())
+    ours, loop = rows(output, "ours")[0], rows(output, "loop")[0]
+    assert ours[1] == ours[4] == "1.0 x" and loop[3].endswith("MiB")
 
 
 def test_the_passes_of_a_step_are_counted(script, capsys):

@@ -24,6 +24,7 @@ from nnunetv2_semi.methods.base import Batch, Context
 from nnunetv2_semi.methods.bcp import BCP
 from nnunetv2_semi.methods.cps import CPS
 from nnunetv2_semi.methods.fixmatch import FixMatch
+from nnunetv2_semi.methods.mass import MASS
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
 from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML
@@ -78,7 +79,8 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
     dice = {"batch_dice": False, "do_bg": regions, "smooth": 1e-5}
     loss: nn.Module = DC_and_BCE_loss({}, dice) if regions else DC_and_CE_loss(dice, {})
     context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, 1, sum_over_processes,
-                      rows_of_all_processes, (1.0,), (8, 8), HEADS, lambda channels: nn.Conv2d(channels, HEADS, 1))
+                      rows_of_all_processes, (1.0,), (8, 8), HEADS, lambda channels: nn.Conv2d(channels, HEADS, 1),
+                      lambda: iter(()))
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)
@@ -127,7 +129,8 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("heading, method", [("All trainers", Supervised), ("`SemiCML`", SemiCML),
-                                             ("`MeanTeacher`", MeanTeacher), ("`RCPS`", RCPS), ("`UAMT`", UAMT),
+                                             ("`MeanTeacher`", MeanTeacher), ("`RCPS`", RCPS), ("`MASS`", MASS),
+                                             ("`UAMT`", UAMT),
                                              ("`FixMatch`", FixMatch), ("`CPS`", CPS), ("`BCP`", BCP)])
 def test_settings_tables_list_every_setting_with_its_default(heading, method):
     common = {f.name for f in dataclasses.fields(Settings)}
@@ -142,7 +145,7 @@ def test_settings_shown_are_accepted(page):
     block = next(block for block in code_blocks(page, "json") if '"3d_fullres"' in block)
     shown = json.loads("{" + block + "}")
     semi = shown.get("configurations", shown)["3d_fullres"]["semi"]
-    for method in (Supervised, SemiCML, MeanTeacher, RCPS, UAMT, FixMatch, CPS, BCP):
+    for method in (Supervised, SemiCML, MeanTeacher, RCPS, UAMT, FixMatch, CPS, BCP, MASS):
         settings = settings_from_plan(method.Settings, semi, method.name)
         assert settings.num_epochs == semi["num_epochs"] != Settings.num_epochs
 
@@ -157,7 +160,8 @@ def test_messages_in_the_troubleshooting_table_exist():
     strings = [node.value for file in package.rglob("*.py") for node in ast.walk(ast.parse(file.read_text("utf-8")))
                if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     foreign = {"Could not find requested nnunet trainer", "operator torchvision::nms does not exist",
-               "CUDA out of memory", "labelsTr/... does not exist", "background worker is 6 feet under"}
+               "CUDA out of memory", "labelsTr/... does not exist", "background worker is 6 feet under",
+               "is out of bounds for axis 0"}
     messages = {row[0].strip("`") for row in rows("README.md", "Troubleshooting")}
     assert foreign < messages
     assert [m for m in sorted(messages - foreign) if not any(m in string for string in strings)] == []

@@ -21,6 +21,17 @@ def soft_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, regions: 
     return -(soft_label * logits.log_softmax(1)).sum(1).mean()
 
 
+def weighted_soft_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, weight: torch.Tensor,
+                                regions: bool) -> torch.Tensor:
+    """`soft_cross_entropy` as a weighted mean over voxels, weight (B, 1, *spatial) >= 0; 0 where all weights are 0."""
+    logits = single_precision(logits)
+    if regions:
+        voxels = F.binary_cross_entropy_with_logits(logits, soft_label, reduction="none").mean(1, keepdim=True)
+    else:
+        voxels = -(soft_label * logits.log_softmax(1)).sum(1, keepdim=True)
+    return (weight * voxels).sum() / weight.sum().clamp_min(_EPS)
+
+
 def soft_dice_loss(probability: torch.Tensor, soft_label: torch.Tensor, regions: bool) -> torch.Tensor:
     """1 - mean over patches and foreground classes of (2 sum pq + eps) / (sum p^2 + sum q^2 + eps).
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast
+from nnunetv2_semi.losses.channel_contrast import channel_contrast
+from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
+from nnunetv2_semi.losses.local_ncc import local_ncc_loss, local_ncc_map
 from nnunetv2_semi.losses.predictions import class_codes
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     PseudoTarget,
@@ -63,3 +66,27 @@ def test_rectified_pseudo_supervision():
     assert_equal_to(reference, rectified_pseudo_supervision(student, target), {"grad_student": student})
     cosine = cosine_consistency(student.detach(), torch.tensor(reference["other_view_logits"]))
     assert abs(float(cosine) - float(reference["cosine_loss"])) < 1e-9
+
+
+def test_local_ncc():
+    reference = reference_values("registration")
+    image, other, expected = (torch.tensor(reference[key]) for key in ("image", "reference", "local_ncc_map"))
+    window = int(reference["window"])
+    found = local_ncc_map(image, other, window)
+    assert found.dtype == expected.dtype == torch.float32
+    # The reference is itself in single precision, 9.3e-6 from the same equation in double precision.
+    assert (found - expected).abs().max() < 1e-5
+    assert (found - local_ncc_map(image.double(), other.double(), window)).abs().max() < 1e-6
+    assert abs(float(local_ncc_loss(image, other, window)) - (1 - float(expected.double().mean()))) < 1e-6
+
+
+def test_displacement_smoothness():
+    reference = reference_values("registration")
+    assert abs(float(displacement_smoothness(torch.tensor(reference["flow"]))) - float(reference["smoothness"])) < 1e-9
+
+
+def test_channel_contrast():
+    reference = reference_values("registration")
+    first, second = (torch.tensor(reference[key]) for key in ("channels_a", "channels_b"))
+    released = float(channel_contrast(first, second, normalise="released"))
+    assert abs(released - float(reference["channel_contrast_released"])) < 1e-9

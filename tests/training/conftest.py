@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+ON_CPU = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
+WORKER = Path(__file__).parent / "ddp_worker.py"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -86,6 +88,7 @@ def phantom_workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 def load_checkpoint(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=False)
 
+
 def make_trainer(workspace: Path, trainer: str, configuration: str = "3d_fullres", fold: int | str = 0,
                  continue_training: bool = False):
     """The trainer object that ``nnUNetv2_train`` would make; nnUNet_* must point to the workspace."""
@@ -98,9 +101,52 @@ def make_trainer(workspace: Path, trainer: str, configuration: str = "3d_fullres
     return cls(plans, configuration, fold, dataset_json, torch.device("cpu"))
 
 
+def predict_without_this_package(workspace: Path, images: Path, output: Path, model: Path) -> None:
+    """Predict with an exported model in a process in which this package cannot be imported."""
+    program = (
+        "import sys, importlib.abc\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if 'nnunetv2_semi' in name or name.endswith('.semi'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
+        "if __name__ == '__main__': predict_entry_point_modelfolder()\n")
+    script = output.with_suffix(".py")
+    script.write_text(program)
+    result = subprocess.run([sys.executable, script, "-i", images, "-o", output, "-m", model, "-f", "0", *ON_CPU,
+                             "--save_probabilities"], env=environment(workspace), text=True, timeout=300,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def run_workers(what: str, kind: str, world: int, folder: Path, workspace: Path) -> None:
+    """Run ddp_worker.py in ``world`` processes on a workspace's folders; results go to ``folder``."""
+    workers = [subprocess.Popen([sys.executable, WORKER, what, kind, str(rank), str(world), folder],
+                                env=environment(workspace), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True) for rank in range(world)]
+    try:
+        for worker in workers:
+            output, _ = worker.communicate(timeout=300)
+            assert worker.returncode == 0, output[-3000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def states_equal(first: dict, second: dict, tolerance: float) -> None:
+    """Check that two state dicts differ by no more than ``tolerance``."""
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value.double(), second[key].double(), rtol=0, atol=tolerance), key
+        else:
+            assert value == second[key], key
+
+
 @pytest.fixture(scope="session")
 def tools():
     """The functions above."""
     return SimpleNamespace(run=run_command, set_semi=set_semi, prepare=prepare, plans_path=plans_path,
                            load=load_checkpoint, trainer=make_trainer, environment=environment, command=command,
-                           folders=FOLDERS)
+                           folders=FOLDERS, on_cpu=ON_CPU, run_workers=run_workers, states_equal=states_equal,
+                           predict_without_this_package=predict_without_this_package)

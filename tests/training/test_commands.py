@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 TRAIN = ("nnUNetv2_train", "1", "3d_fullres", "0", "-tr", "nnUNetTrainerSemiCML", "-p", "nnUNetSemiCPUPlans",
          "-device", "cpu")
 MODEL = ("-d", "1", "-tr", "nnUNetTrainerSemiCML", "-p", "nnUNetSemiCPUPlans", "-c", "3d_fullres")
-ON_CPU = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +89,8 @@ def read(path):
 def test_stock_prediction_averages_the_modalities_and_each_is_exported(trained, tools, tmp_path):
     """nnUNetv2_predict with all modalities; export; each exported model alone, with this package out of reach."""
     images = raw(trained) / "imagesTs"
-    tools.run(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "all"), *MODEL, "-f", "0", *ON_CPU,
-              "--save_probabilities")
+    tools.run(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "all"), *MODEL, "-f", "0",
+              *tools.on_cpu, "--save_probabilities")
     together = np.load(next((tmp_path / "all").glob("*.npz")))["probabilities"]
     tools.run(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "exported"))
     singles = []
@@ -104,7 +102,7 @@ def test_stock_prediction_averages_the_modalities_and_each_is_exported(trained, 
         single_input.mkdir()
         for image in images.glob(f"*_{channels[0]:04d}.nii.gz"):
             shutil.copy(image, single_input / image.name.replace(f"_{channels[0]:04d}", "_0000"))
-        predict_without_this_package(trained, tools, single_input, tmp_path / f"out_{name}", folder)
+        tools.predict_without_this_package(trained, single_input, tmp_path / f"out_{name}", folder)
         singles.append(np.load(next((tmp_path / f"out_{name}").glob("*.npz")))["probabilities"])
         assert read(next((tmp_path / f"out_{name}").glob("*.nii.gz"))).shape == read(next(images.iterdir())).shape
     # Together: the mean of the probabilities. nnU-Net averages logits over windows, so near window borders not exactly.
@@ -122,28 +120,11 @@ def test_rcps_trains_and_its_export_predicts_without_this_package(trained, tools
     assert "pseudo_supervision" in printed and "contrast" in printed and "Mean Validation Dice" in printed
     tools.run(workspace, "nnunetv2_semi", "export", *model, "-o", str(tmp_path / "exported"))
     images = raw(workspace) / "imagesTs"
-    predict_without_this_package(workspace, tools, images, tmp_path / "alone", tmp_path / "exported")
+    tools.predict_without_this_package(workspace, images, tmp_path / "alone", tmp_path / "exported")
     folders = "-i", str(images), "-o", str(tmp_path / "with")
-    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *ON_CPU)
+    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *tools.on_cpu)
     prediction, = (tmp_path / "alone").glob("*.nii.gz")
     assert np.array_equal(read(prediction), read(tmp_path / "with" / prediction.name))
-
-
-def predict_without_this_package(workspace, tools, images, output, model):
-    program = (
-        "import sys, importlib.abc\n"
-        "class Refuse(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if 'nnunetv2_semi' in name or name.endswith('.semi'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
-        "if __name__ == '__main__': predict_entry_point_modelfolder()\n")
-    script = output.with_suffix(".py")
-    script.write_text(program)
-    result = subprocess.run([sys.executable, script, "-i", images, "-o", output, "-m", model, "-f", "0", *ON_CPU,
-                             "--save_probabilities"], env=tools.environment(workspace), text=True, timeout=300,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_zip_holds_the_deployed_model(trained, tools, tmp_path):

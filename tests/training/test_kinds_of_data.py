@@ -14,6 +14,7 @@ KINDS = {
     "one channel": {"channels": 1},
     "four channels": {"channels": 4},
     "anisotropic": {"shape": (12, 24, 20), "spacing": (4.0, 1.0, 1.0)},
+    "unpaired": {"unpaired": True, "labelled": 4},
 }
 TRAINERS = ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
             "nnUNetTrainerSemiCML"]
@@ -68,3 +69,14 @@ def test_baselines(tools, tmp_path, monkeypatch, configuration, kind):
     """Two kinds; tests/methods/test_baselines.py has all of them, without the trainer."""
     tools.prepare(tmp_path / "w", configuration, monkeypatch, **kind)
     train(tools, tmp_path / "w", configuration, BASELINES, BCP={"pretrain_fraction": 0.5})
+
+
+@pytest.mark.parametrize("configuration, kind", [
+    ("3d_atlas", {"shape": (16, 16, 16), "regions": True, "ignore_label": True, "unpaired": True, "labelled": 4}),
+    ("3d_atlas", {"shape": (12, 24, 20), "spacing": (4.0, 1.0, 1.0)}),
+    ("2d", {"shape": (12, 20, 16), "unpaired": True, "labelled": 4})])
+def test_mass(tools, tmp_path, monkeypatch, configuration, kind):
+    tools.prepare(tmp_path / "w", configuration, monkeypatch, **kind)
+    train(tools, tmp_path / "w", configuration, ["nnUNetTrainerSemiMASS"], MASS={"align_atlases": True})
+    train(tools, tmp_path / "w", configuration, ["nnUNetTrainerSemiMASS"], deep_supervision=False,
+          arrangement="one_pass")

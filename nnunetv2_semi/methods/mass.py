@@ -1,0 +1,292 @@
+"""MASS: images of one modality each; labelled ones are atlases whose labels are warped onto the others.
+
+Source: Chen et al., "MASS: Modality-collaborative semi-supervised segmentation by exploiting cross-modal consistency
+from unpaired CT and MRI images", Medical Image Analysis 80, 2022, 102506.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_semi.data.affine_alignment import affine_transform, resampled
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.losses.channel_contrast import channel_contrast
+from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
+from nnunetv2_semi.losses.local_ncc import local_ncc_map
+from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
+from nnunetv2_semi.losses.soft_labels import soft_dice_loss, weighted_soft_cross_entropy
+from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predict, Predicting
+from nnunetv2_semi.networks.atlases import Atlases
+from nnunetv2_semi.networks.channel_tokens import ChannelTokens
+from nnunetv2_semi.networks.modality_encoders import Pyramid
+from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
+
+
+@dataclass(frozen=True)
+class MASSSettings(BaseSettings):
+    """atlases_per_modality: labelled training cases that become atlases, drawn by the seed (the paper's 5).
+    align_atlases: map them affinely to the first one (SimpleITK, mutual information) when they are taken.
+    registration: find correspondences at all; without it nothing is learnt from unlabelled patches.
+    ncc_weight, mse_weight: of 1 - local NCC and of the mean squared difference between a target and its warped
+    same-modality atlas. smoothness_weight: of every displacement. semantic_weight: of 1 - Dice between the labels
+    warped from the same-modality and from the other-modality atlas. contrast_weight: of the contrast of feature
+    channels, with contrast_temperature, tokens "normalised" along features or as "released"; contrast_stage: decoder
+    stage of the features, 0 the coarsest. pseudo_weight: of the warped labels as pseudo-labels, ramped up over
+    ramp_fraction of training. predict: what the deployed network gives. refine: register warped atlases once more for
+    prediction. skip_finest: finest decoder stages at which no correspondence is sought.
+    mirroring, rotation: off and small, since mirrored anatomy corresponds to nothing.
+    """
+
+    mirroring: bool = False
+    rotation: float | None = 15.0
+    atlases_per_modality: int = 5
+    align_atlases: bool = False
+    registration: bool = True
+    ncc_weight: float = 1.0
+    mse_weight: float = 1.0
+    smoothness_weight: float = 1.0
+    semantic_weight: float = 1.0
+    contrast_weight: float = 1.0
+    contrast_temperature: float = 0.1
+    contrast_tokens: Literal["normalised", "released"] = "normalised"
+    contrast_stage: int = 1
+    pseudo_weight: float = 1.0
+    ramp_fraction: float = 1.0
+    predict: Predict = "segmentation"
+    refine: bool = True
+    skip_finest: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ncc_weight", "mse_weight", "smoothness_weight", "semantic_weight", "contrast_weight",
+                     "pseudo_weight", "skip_finest", "contrast_stage"):
+            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("atlases_per_modality", self.atlases_per_modality >= 1, "at least 1")
+        self.require("contrast_temperature", self.contrast_temperature > 0, "greater than 0")
+
+
+@dataclass(frozen=True)
+class _Warped:
+    """An atlas of each target's, warped onto it: image (B, C, *spatial), one-hot labels (B, K, *spatial), displacement
+    (B, axes, *spatial) in voxels, pyramid of the atlas as it was."""
+
+    image: torch.Tensor
+    labels: torch.Tensor
+    displacement: torch.Tensor
+    pyramid: Pyramid
+
+
+class MASS(Method):
+    """Supervised loss + registration of atlases to unlabelled patches + the warped labels as pseudo-labels."""
+
+    name: ClassVar[str] = "MASS"
+    Settings: ClassVar[type[BaseSettings]] = MASSSettings
+    settings: MASSSettings
+    student: AtlasNetwork
+
+    def __init__(self, student: AtlasNetwork, settings: MASSSettings, context: Context) -> None:
+        super().__init__(student, settings, context)
+        self.tokens = ChannelTokens(len(context.patch_size)) if settings.contrast_weight > 0 else None
+
+    # networks
+
+    @classmethod
+    def build_student(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                      num_input_channels: int, num_output_channels: int, deep_supervision: bool) -> AtlasNetwork:
+        semi = configuration_manager.configuration["semi"]
+        channels: dict[str, list[int]] = semi["modalities"]
+        networks = {name: super(MASS, cls).build_student(plans_manager, configuration_manager, len(own),
+                                                         num_output_channels, deep_supervision)
+                    for name, own in channels.items()}
+        own = semi["MASS"]
+        return AtlasNetwork(networks, channels, Atlases(num_output_channels, semi["regions"]),
+                            len(configuration_manager.patch_size), own["predict"], own["refine"], own["skip_finest"])
+
+    @classmethod
+    def check(cls, context: Context, settings: BaseSettings) -> None:
+        if len(context.modalities) < 2:
+            raise UserError(
+                f"MASS needs images of two or more modalities; this data set has only {list(context.modalities)}. Name "
+                'them in dataset.json: "semi": {"modalities": {"CT": [0], "MR": [1]}}. With one modality use '
+                "nnUNetTrainerSemiMeanTeacher.")
+
+    @classmethod
+    def graphs(cls, settings: BaseSettings) -> int:
+        return 4  # labelled, unlabelled, and two atlases
+
+    def called_networks(self) -> list[nn.Module]:
+        return [self.student.encoders, self.student.correspondence]
+
+    def on_start(self) -> None:
+        super().on_start()
+        self._choose_atlases()
+
+    def _choose_atlases(self) -> None:
+        """Take labelled training cases as atlases, the same ones on every process."""
+        names = list(self.context.modalities)
+        by_modality: dict[int, list] = {index: [] for index in range(len(names))}
+        cases = list(self.context.training_cases())
+        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(self.settings.seed))
+        for number in order.tolist():
+            for index in cases[number].modalities:
+                if len(by_modality[index]) < self.settings.atlases_per_modality:
+                    by_modality[index].append(cases[number])
+        lacking = [names[index] for index, found in by_modality.items() if not found]
+        if lacking:
+            raise UserError(f"No labelled training case of this fold has the modality {', '.join(lacking)}: MASS needs "
+                            "an atlas of each. Label one, or choose another fold or split (splits_final.json).")
+        chosen = [(case, index) for index, found in by_modality.items() for case in found]
+        pairs = [(case.image, case.target) for case, _ in chosen]
+        if self.settings.align_atlases:
+            pairs = self._aligned(pairs, [list(self.context.modalities.values())[index] for _, index in chosen])
+        images = [self.student.only(image[None], index)[0]
+                  for (image, _), (_, index) in zip(pairs, chosen, strict=True)]
+        self.student.atlases.take(images, [target for _, target in pairs], [index for _, index in chosen],
+                                  self.context.ignore_label)
+
+    def _aligned(self, pairs: list[tuple[torch.Tensor, torch.Tensor]],
+                 channels: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Images and targets, each but the first mapped affinely to the first one by the first channel of each."""
+        spacing, fixed = self.context.spacing, pairs[0][0][channels[0][0]].numpy()
+        aligned = pairs[:1]
+        for (image, target), own in zip(pairs[1:], channels[1:], strict=True):
+            transform = affine_transform(image[own[0]].numpy(), fixed, spacing)
+            aligned.append((torch.from_numpy(resampled(image.numpy(), transform, spacing, nearest=False)),
+                            torch.from_numpy(resampled(target.numpy(), transform, spacing, nearest=True))))
+        return aligned
+
+    # loss
+
+    def loss(self, batch: Batch) -> Iterator[list[Term]]:
+        labelled = self._with_one_modality(batch.labelled)
+        logits, _ = next(self.passes(self.student.encoders, labelled))
+        yield [self.supervised(logits if isinstance(batch.target, list) else logits[0], batch.target)]
+        if self.settings.registration:
+            yield self._registration(self._with_one_modality(batch.unlabelled))
+
+    def _with_one_modality(self, image: torch.Tensor) -> torch.Tensor:
+        """``image`` with one of the modalities that each patch has, drawn from torch's global random state."""
+        present = self.student.present_modalities(image)
+        chosen = torch.multinomial(present.float().cpu(), 1)[:, 0]
+        return self.student.only(image, chosen)
+
+    def _registration(self, target: torch.Tensor) -> list[Term]:
+        """The terms of unlabelled patches (B, C, *spatial), each of one modality."""
+        settings, regions = self.settings, self.context.regions
+        modality = self.student.encoders.modality(target).tolist()
+        same, other = self._drawn_atlases(modality)
+        atlases = self.student.atlases
+        images = [target, atlases.image(same), atlases.image(other)]
+        pyramid, *pyramids = self.passes(self.student.encoders, *images, together=True)
+        near, far = (self._warped(pyramid, source, numbers, image)
+                     for source, numbers, image in zip(pyramids, (same, other), images[1:], strict=True))
+        similarity, difference, trust = self._similarity(near.image, target, modality)
+        smoothness = (displacement_smoothness(near.displacement) + displacement_smoothness(far.displacement)) / 2
+        terms = [Term("ncc", 1 - similarity, self.unlabelled_weight(settings.ncc_weight)),
+                 Term("mse", difference, self.unlabelled_weight(settings.mse_weight)),
+                 Term("smoothness", smoothness, self.unlabelled_weight(settings.smoothness_weight)),
+                 Term("semantic", soft_dice_loss(near.labels, far.labels, regions),
+                      self.unlabelled_weight(settings.semantic_weight))]
+        if self.tokens is not None:
+            terms.append(Term("contrast", self._contrast(pyramid, far),
+                              self.unlabelled_weight(settings.contrast_weight)))
+        logits = full_resolution(pyramid[0])
+        pseudo = near.labels.detach()
+        terms.append(Term("pseudo", weighted_soft_cross_entropy(logits, pseudo, trust, regions)
+                          + soft_dice_loss(probabilities(logits, regions) * trust, pseudo * trust, regions),
+                          self.unlabelled_weight(settings.pseudo_weight, settings.ramp_fraction)))
+        self.note_agreement(pseudo, probabilities(logits, regions))
+        self.metrics["folding"] = folded_share(near.displacement.detach())
+        return terms
+
+    def _drawn_atlases(self, modality: Sequence[int]) -> tuple[list[int], list[int]]:
+        """For each patch the number of an atlas of its modality, and of one of another modality, drawn from torch's
+        global random state of the CPU."""
+        own = self.student.atlases.modality.tolist()
+
+        def drawn(wanted: list[int]) -> int:
+            return wanted[int(torch.randint(len(wanted), ()))]
+        numbers = range(len(own))
+        return ([drawn([n for n in numbers if own[n] == index]) for index in modality],
+                [drawn([n for n in numbers if own[n] != index]) for index in modality])
+
+    def _warped(self, target: Pyramid, atlas: Pyramid, numbers: Sequence[int], image: torch.Tensor) -> _Warped:
+        displacement = self.student.displacement(target, atlas, image.shape[2:])
+        labels = self.student.atlases.one_hot(numbers)
+        return _Warped(warp(image, displacement), warp(labels, displacement), displacement, atlas)
+
+    def _similarity(self, warped: torch.Tensor, target: torch.Tensor,
+                    modality: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean squared local NCC, mean squared difference, and the squared local NCC (B, 1, *spatial) without a graph.
+
+        Of the channels of each patch's modality.
+        """
+        maps, differences = [], []
+        for row, index in enumerate(modality):
+            channels = list(self.context.modalities.values())[index]
+            one, other = warped[row:row + 1, channels], target[row:row + 1, channels]
+            maps.append(local_ncc_map(one, other).mean(1, keepdim=True))
+            differences.append((one - other).square().mean())
+        similarity = torch.cat(maps)
+        return similarity.mean(), torch.stack(differences).mean(), similarity.detach().clamp(0, 1)
+
+    def _contrast(self, target: Pyramid, atlas: _Warped) -> torch.Tensor:
+        """Of the features of the target and the warped ones of the other-modality atlas.
+
+        The features are warped, where the paper's are of the warped image: one pass less.
+        """
+        stage = min(self.settings.contrast_stage, len(target[1]) - 1)
+        features = target[1][stage]
+        displacement = resize_displacement(atlas.displacement, features.shape[2:])
+        assert self.tokens is not None
+        first, second = self.tokens(features), self.tokens(warp(atlas.pyramid[1][stage], displacement))
+        return channel_contrast(first, second, self.settings.contrast_temperature, self.settings.contrast_tokens)
+
+    # deployment
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {how: Predicting(self.student, how) for how in ("segmentation", "atlas", "both")
+                if how != self.settings.predict}
+
+    def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
+        """All three predictions, and a grid deformed as the first atlas is to match the patch."""
+        network = self.student
+        modality = int(network.encoders.modality(image))
+        source = network.atlases.image(network.atlases.of_modality(modality)[:1])
+        pyramid = network.encoders(network.only(image, modality))
+        displacement = network.displacement(pyramid, network.encoders(source), image.shape[2:])
+        grid = warp(_grid(image.shape[2:], image.device), displacement)[0]
+        return {how: network.predicted(image, how) for how in ("segmentation", "atlas", "both")}, {"grid": grid}
+
+    @classmethod
+    def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
+                     num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
+        models = {}
+        for index, (name, channels) in enumerate(semi["modalities"].items()):
+            encoder = _under(weights, f"encoders.encoders.{index}.")
+            decoder = _under(weights, "encoders.decoder.")
+            # nnU-Net's decoder refers to its encoder: the weights of that stand in its state twice
+            models[name] = (channels, {**{f"encoder.{key}": value for key, value in encoder.items()},
+                                       **{f"decoder.{key}": value for key, value in decoder.items()},
+                                       **{f"decoder.encoder.{key}": value for key, value in encoder.items()}})
+        return models
+
+
+def _under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _grid(shape: Sequence[int], device: torch.device, spacing: int = 4) -> torch.Tensor:
+    """White with black lines every ``spacing`` voxels in the plane of the last two axes: (1, 1, *shape)."""
+    grid = torch.ones(1, 1, *shape, device=device)
+    grid[..., ::spacing] = 0
+    grid[..., ::spacing, :] = 0
+    return grid

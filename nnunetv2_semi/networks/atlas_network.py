@@ -1,0 +1,134 @@
+"""Segmentation of images of one modality out of several, with atlases: the network of MASS.
+
+Source: Chen et al., MASS, Medical Image Analysis 80, 2022, 102506.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nnunetv2_semi.losses.local_ncc import local_ncc_map
+from nnunetv2_semi.losses.predictions import Logits, probabilities
+from nnunetv2_semi.networks.atlases import Atlases
+from nnunetv2_semi.networks.correspondence import CorrespondenceHead
+from nnunetv2_semi.networks.modality_branches import mean_probability_logits
+from nnunetv2_semi.networks.modality_encoders import ModalityEncoders, Pyramid
+from nnunetv2_semi.networks.present_channels import fill_absent, present_channels, present_modalities
+from nnunetv2_semi.networks.warp import warp
+
+Predict = Literal["segmentation", "atlas", "both"]
+_EPS = 1e-4  # of probabilities whose logarithm is taken
+
+
+class AtlasNetwork(nn.Module):
+    """Encoders per modality, a shared decoder with a segmentation and a correspondence head, and atlases.
+
+    networks, channels: see `ModalityEncoders`. atlases: its atlases. dimensions: 2 or 3. predict: what a forward pass
+    gives: the segmentation head's logits, those of the atlases' labels, or of the mean probability of both.
+    refine: register warped atlases once more. skip_finest: so many of the finest decoder stages are left out of
+    correspondence, which is found at the resolution below and interpolated.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], channels: Mapping[str, Sequence[int]], atlases: Atlases,
+                 dimensions: int, predict: Predict = "segmentation", refine: bool = True, skip_finest: int = 1) -> None:
+        super().__init__()
+        self.encoders = ModalityEncoders(networks, channels)
+        widths = self.encoders.widths
+        self.stages = max(1, len(widths) - skip_finest)
+        self.correspondence = CorrespondenceHead(widths[: self.stages], dimensions)
+        self.atlases, self.predict, self.refine = atlases, predict, refine
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Whose ``deep_supervision`` nnU-Net switches."""
+        return self.encoders.decoder
+
+    def displacement(self, target: Pyramid, source: Pyramid, size: Sequence[int]) -> torch.Tensor:
+        """(B, axes, *size) in voxels: the source at x + displacement(x) corresponds to the target at x."""
+        return self.correspondence(target[1][: self.stages], source[1][: self.stages], size)
+
+    def forward(self, image: torch.Tensor) -> Logits:
+        """``image`` (B, C, *spatial) -> logits (B, K, *spatial), a list of them, finest first, with deep supervision.
+
+        An image with several modalities is predicted from each; the mean of the probabilities counts.
+        """
+        return self.predicted(image, self.predict)
+
+    def predicted(self, image: torch.Tensor, predict: Predict) -> Logits:
+        """As ``forward``, but says what is predicted."""
+        present = self.present_modalities(image)
+        outputs, voting = [], []
+        for index in range(present.shape[1]):
+            if present[:, index].any():
+                outputs.append(self._of_one_modality(self.only(image, index), index, predict))
+                voting.append(present[:, index])
+        scales = [mean_probability_logits(list(scale), self.atlases.regions, torch.stack(voting, 1))
+                  if len(outputs) > 1 else scale[0] for scale in zip(*outputs, strict=True)]
+        return scales if self.decoder.deep_supervision else scales[0]
+
+    def present_modalities(self, image: torch.Tensor) -> torch.Tensor:
+        """Which modalities each ``image`` (B, C, *spatial) has: bool (B, modalities); all where there is none."""
+        present = present_modalities(present_channels(image), self.encoders.channels.values())
+        return present | ~present.any(1, keepdim=True)
+
+    def only(self, image: torch.Tensor, modality: int | torch.Tensor) -> torch.Tensor:
+        """``image`` (B, C, *spatial) with the channels of ``modality`` (one, or one for each patch) alone."""
+        own = torch.zeros(len(self.encoders.names), image.shape[1], dtype=torch.bool, device=image.device)
+        for index, channels in enumerate(self.encoders.channels.values()):
+            own[index, channels] = True
+        return fill_absent(image, own[torch.as_tensor(modality, device=image.device).expand(len(image))])
+
+    def _of_one_modality(self, image: torch.Tensor, modality: int, predict: Predict) -> list[torch.Tensor]:
+        pyramid = self.encoders(image)
+        logits = pyramid[0]
+        if predict == "segmentation":
+            return logits
+        regions = self.atlases.regions
+        found = self.atlas_probability(image, pyramid, modality)
+        if predict == "both":
+            found = (found + probabilities(logits, regions)) / 2
+        found = found.clamp(_EPS, 1 - _EPS)
+        whole = found.logit() if regions else found.log()
+        return [whole, *(F.interpolate(whole, scale.shape[2:], mode="nearest") for scale in logits[1:])]
+
+    def atlas_probability(self, image: torch.Tensor, pyramid: Pyramid, modality: int) -> torch.Tensor:
+        """The labels of the modality's atlases, warped to ``image`` and fused: (B, K, *spatial).
+
+        Each atlas counts with exp(local NCC) at each voxel, a softmax over the atlases.
+        """
+        channels = list(self.encoders.channels.values())[modality]
+        total: torch.Tensor | float = 0.0
+        weights: torch.Tensor | float = 0.0
+        for number in self.atlases.of_modality(modality):
+            source = self.atlases.image([number]).expand(len(image), *[-1] * (image.ndim - 1))
+            labels = self.atlases.one_hot([number]).expand(len(image), *[-1] * (image.ndim - 1))
+            for _ in range(1 + self.refine):
+                displacement = self.displacement(pyramid, self.encoders(source), image.shape[2:])
+                source, labels = self.only(warp(source, displacement), modality), warp(labels, displacement)
+            similarity = local_ncc_map(source[:, channels], image[:, channels]).mean(1, keepdim=True).exp()
+            total, weights = total + similarity * labels, weights + similarity
+        if not isinstance(total, torch.Tensor):
+            raise RuntimeError(f"The network holds no atlas of modality {self.encoders.names[modality]}.")
+        return total / weights
+
+
+class Predicting(nn.Module):
+    """An atlas network that predicts in one way; shares its weights, has none of its own."""
+
+    def __init__(self, network: AtlasNetwork, predict: Predict) -> None:
+        super().__init__()
+        self.network, self.how = network, predict
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Whose ``deep_supervision`` nnU-Net switches."""
+        return self.network.decoder
+
+    def forward(self, image: torch.Tensor) -> Logits:
+        """As `AtlasNetwork.predicted`."""
+        return self.network.predicted(image, self.how)

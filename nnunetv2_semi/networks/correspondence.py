@@ -1,0 +1,57 @@
+"""Correspondence of two images, coarse to fine, from cost volumes of their features.
+
+Source: Chen et al., MASS, Medical Image Analysis 80, 2022, 102506: correlation over +-2 voxels at each scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nnunetv2_semi.networks.cost_volume import cost_volume
+from nnunetv2_semi.networks.warp import resize_displacement, warp
+
+
+class CorrespondenceHead(nn.Module):
+    """Displacements from the features of a target and of a source.
+
+    At each stage the source's features are warped by the displacement so far, correlated with the target's (cosine over
+    channels), and a small network turns the cost volume into what is to be added.
+
+    widths: channels of the features of the stages that are used, coarsest first. dimensions: 2 or 3.
+    radius: voxels of a stage over which is correlated. hidden: channels of the small networks.
+    """
+
+    def __init__(self, widths: Sequence[int], dimensions: int, radius: int = 2, hidden: int = 32) -> None:
+        super().__init__()
+        self.radius, self.dimensions = radius, dimensions
+        convolution = nn.Conv3d if dimensions == 3 else nn.Conv2d
+        shifts = (2 * radius + 1) ** dimensions
+
+        def estimator(width: int) -> nn.Sequential:
+            last = convolution(hidden, dimensions, 3, padding=1)
+            nn.init.normal_(last.weight, std=1e-3)
+            assert last.bias is not None
+            nn.init.zeros_(last.bias)
+            return nn.Sequential(convolution(shifts + width + dimensions, hidden, 3, padding=1), nn.LeakyReLU(),
+                                 convolution(hidden, hidden, 3, padding=1), nn.LeakyReLU(), last)
+        self.estimators = nn.ModuleList(estimator(width) for width in widths)
+
+    def forward(self, target: Sequence[torch.Tensor], source: Sequence[torch.Tensor],
+                size: Sequence[int]) -> torch.Tensor:
+        """Displacement (B, axes, *size) in voxels of ``size``: the source at x + displacement(x) is the target at x.
+
+        target, source: features (B, width, *spatial) of each stage, coarsest first.
+        """
+        first = target[0]
+        displacement = torch.zeros(len(first), self.dimensions, *first.shape[2:], device=first.device)
+        for estimator, fixed, moving in zip(self.estimators, target, source, strict=True):
+            displacement = resize_displacement(displacement, fixed.shape[2:])
+            fixed, moved = F.normalize(fixed, dim=1), F.normalize(warp(moving, displacement), dim=1)
+            # a cosine: the volume holds means over channels
+            costs = cost_volume(fixed, moved, self.radius) * fixed.shape[1]
+            displacement = displacement + estimator(torch.cat([costs, fixed, displacement], 1)).float()
+        return resize_displacement(displacement, size)

@@ -1,0 +1,221 @@
+"""MASS: its terms, its atlases, what is learnt from what."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.base import Batch, WholeCase
+from nnunetv2_semi.methods.mass import MASS, MASSSettings
+from nnunetv2_semi.networks.atlas_network import AtlasNetwork
+from nnunetv2_semi.networks.atlases import Atlases
+from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
+from nnunetv2_semi.step import TrainingStep
+
+NAMES = {"m0": [0], "m1": [1]}
+ALTERNATING = torch.tensor([[True, False], [False, True]])
+TERMS = ["supervised", "ncc", "mse", "smoothness", "semantic", "contrast", "pseudo"]
+
+
+def cases_of(batch, regions=False, present=ALTERNATING):
+    """Labelled training cases of each modality, from the patches of a batch."""
+    target = batch.target if isinstance(batch.target, torch.Tensor) else batch.target[0]
+    return [WholeCase(f"case_{number}", image, label, row.nonzero()[:, 0].tolist())
+            for number, (image, label, row) in enumerate(zip(batch.labelled, target, present, strict=True))]
+
+
+def unpaired(small, seed=0, **options):
+    batch = small.batch(seed=seed, **options)
+    return replace(batch, labelled=fill_absent(batch.labelled, ALTERNATING), labelled_present=ALTERNATING,
+                   unlabelled=fill_absent(batch.unlabelled, ALTERNATING), unlabelled_present=ALTERNATING)
+
+
+def make(small, dims=3, regions=False, ignore_label=None, deep_supervision=False, one_pass=False, cases=None,
+         **settings):
+    torch.manual_seed(1)
+    networks = {name: small.network(1, 3, dims, deep_supervision) for name in NAMES}
+    chosen = MASSSettings(modalities=NAMES, regions=regions, **settings)
+    student = AtlasNetwork(networks, NAMES, Atlases(3, regions), dims, chosen.predict, chosen.refine,
+                           chosen.skip_finest)
+    context = small.context(2, regions, ignore_label, one_pass, deep_supervision)
+    context = replace(context, patch_size=(8,) * dims, training_cases=lambda: iter(cases or []))
+    return MASS(student, chosen, context)
+
+
+def started(small, batch, **options):
+    method = make(small, cases=cases_of(batch), **options)
+    method.on_start()
+    return method
+
+
+def terms_of(method, batch, seed=3):
+    torch.manual_seed(seed)
+    return {term.name: term for group in method.loss(batch) for term in group}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dims": 2}, {"regions": True}, {"ignore_label": 3}, {"regions": True, "ignore_label": 4},
+    {"deep_supervision": True}, {"one_pass": True}, {"deep_supervision": True, "one_pass": True, "regions": True}])
+def test_a_step_has_all_terms_and_moves_all_parts(small, options):
+    data = {key: value for key, value in options.items() if key != "one_pass"}
+    batch = unpaired(small, **data)
+    method = started(small, batch, **options)
+    before = {name: p.clone() for name, p in method.named_parameters()}
+    step = TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=0,
+                        max_skipped_steps=1)
+    terms, values = step.run(batch, 0, 0.5)
+    assert [term.name for term in terms] == TERMS and values["skipped_steps"] == 0
+    assert all(torch.isfinite(term.value) for term in terms)
+    moved = {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    for part in ("student.encoders.encoders.0", "student.encoders.encoders.1", "student.encoders.decoder",
+                 "student.correspondence", "tokens"):
+        assert any(name.startswith(part) for name in moved), part
+
+
+@pytest.mark.parametrize("setting, absent", [
+    ({"registration": False}, set(TERMS) - {"supervised"}), ({"contrast_weight": 0.0}, {"contrast"})])
+def test_ablations_leave_terms_out(small, setting, absent):
+    batch = unpaired(small)
+    assert set(TERMS) - set(terms_of(started(small, batch, **setting), batch)) == absent
+
+
+@pytest.mark.parametrize("name", ["ncc", "mse", "smoothness", "semantic", "pseudo"])
+def test_each_weight_is_a_setting(small, name):
+    batch = unpaired(small)
+    method = started(small, batch, **{f"{name}_weight": 0.25}, ramp_fraction=0.0)
+    assert terms_of(method, batch)[name].weight == 0.25
+
+
+def test_one_pass_and_one_after_another_give_the_same_loss(small):
+    batch = unpaired(small)
+    values = [{name: float(term.value.detach())
+               for name, term in terms_of(started(small, batch, one_pass=joint), batch).items()}
+              for joint in (False, True)]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+def test_semantic_consistency_reaches_the_correspondence_head(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    terms_of(method, batch)["semantic"].value.backward()
+    gradient = [p.grad for p in method.student.correspondence.parameters() if p.grad is not None]
+    assert sum(float(g.abs().sum()) for g in gradient) > 0
+
+
+def test_pseudo_labels_teach_the_segmentation_alone(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    terms_of(method, batch)["pseudo"].value.backward()
+    assert all(p.grad is None or not p.grad.any() for p in method.student.correspondence.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in method.student.decoder.seg_layers.parameters())
+
+
+def test_a_target_is_registered_to_an_atlas_of_its_modality_and_to_one_of_another(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    own = method.student.atlases.modality.tolist()
+    for _ in range(10):
+        same, other = method._drawn_atlases([0, 1, 1])
+        assert [own[number] for number in same] == [0, 1, 1]
+        assert all(own[number] != modality for number, modality in zip(other, [0, 1, 1], strict=True))
+
+
+def test_of_paired_patches_one_modality_is_taken_each_time(small):
+    batch = small.batch()
+    method = started(small, batch)
+    torch.manual_seed(0)
+    seen = {tuple(present_channels(method._with_one_modality(batch.unlabelled))[0].tolist()) for _ in range(20)}
+    assert seen == {(True, False), (False, True)}
+
+
+def test_the_order_of_the_patches_does_not_matter(small):
+    batch = unpaired(small)
+    method = started(small, batch)  # one atlas a modality: nothing is drawn
+    turned = replace(batch, labelled=batch.labelled.flip(0), target=batch.target.flip(0),
+                     unlabelled=batch.unlabelled.flip(0))
+    first, second = terms_of(method, batch), terms_of(method, turned)
+    assert {n: float(t.value) for n, t in first.items()} == \
+        pytest.approx({n: float(t.value) for n, t in second.items()}, abs=1e-5)
+
+
+# atlases
+
+
+def test_atlases_are_labelled_cases_of_each_modality_drawn_by_the_seed(small):
+    generator = torch.Generator().manual_seed(0)
+    cases = [WholeCase(f"c{i}", torch.full((2, 8, 8, 8), float(i)), torch.randint(0, 3, (1, 8, 8, 8),
+                       generator=generator), [i % 2]) for i in range(8)]
+
+    def taken(seed):
+        method = make(small, cases=cases, atlases_per_modality=2, seed=seed)
+        method.on_start()
+        atlases = method.student.atlases
+        return [(int(image[m].max()), m) for image, m in zip(atlases.images, atlases.modality.tolist(), strict=True)]
+    first = taken(0)
+    assert [modality for _, modality in first] == [0, 0, 1, 1]
+    assert all(case % 2 == modality for case, modality in first)
+    assert first == taken(0) and any(taken(seed) != first for seed in range(1, 5))
+
+
+def test_an_atlas_of_a_paired_case_shows_its_modality_alone(small):
+    method = make(small, cases=cases_of(small.batch(), present=torch.ones(2, 2, dtype=torch.bool)),
+                  atlases_per_modality=1)
+    method.on_start()
+    assert present_channels(method.student.atlases.image([0, 1])).tolist() == [[True, False], [False, True]]
+
+
+def test_a_modality_without_a_labelled_case_is_refused_by_name(small):
+    with pytest.raises(UserError, match="modality m1"):
+        make(small, cases=cases_of(unpaired(small))[:1]).on_start()
+
+
+def test_one_modality_is_refused(small):
+    with pytest.raises(UserError, match="two or more"):
+        MASS.check(small.context(1), MASSSettings())
+
+
+def test_atlases_and_heads_are_restored_from_the_state(small):
+    batch = unpaired(small)
+    method, other = started(small, batch), make(small)
+    other.load_state_dict(method.state_dict())
+    assert torch.equal(other.student.atlases.images, method.student.atlases.images)
+    first, second = terms_of(method, batch), terms_of(other, batch)
+    assert all(torch.equal(first[name].value, second[name].value) for name in TERMS)
+
+
+# deployment
+
+
+def test_every_way_to_predict_but_the_deployed_one_is_validated_by_itself(small):
+    for predict in ("segmentation", "atlas", "both"):
+        parts = make(small, predict=predict).parts()
+        assert set(parts) == {"segmentation", "atlas", "both"} - {predict}
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_a_modalitys_stock_model_predicts_as_the_segmentation_head(small, modality):
+    batch = unpaired(small)
+    method = started(small, batch)
+    models = MASS.stock_models({"modalities": NAMES}, method.student.state_dict(), 2)
+    channels, weights = models[f"m{modality}"]
+    stock = small.network(1, 3)
+    stock.load_state_dict(weights, strict=True)
+    image = method.student.only(torch.randn(1, 2, 8, 8, 8), modality)
+    assert torch.allclose(stock(image[:, channels]), method.student.predicted(image, "segmentation"), atol=1e-5)
+
+
+def test_a_picture_shows_three_predictions_and_a_grid(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    with torch.no_grad():
+        predictions, maps = method.picture(batch.labelled[:1])
+    assert list(predictions) == ["segmentation", "atlas", "both"]
+    assert maps["grid"].shape == (1, 8, 8, 8) and 0 <= maps["grid"].min() < maps["grid"].max() <= 1.001
+
+
+def test_batch_size_one(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    single = Batch(batch.labelled[1:], batch.target[1:], batch.unlabelled[:1])
+    assert list(terms_of(method, single)) == TERMS
