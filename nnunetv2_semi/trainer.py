@@ -186,7 +186,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of seeded batches: labelled and unlabelled patches together, and validation patches."""
-        on_first_process(lambda: training_data.write_small_split(self))
         unlabelled = None
         if self.method_class.uses_unlabelled:
             unlabelled = on_first_process(lambda: training_data.prepare(self, self.settings))
@@ -302,7 +301,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             self.network, self._validation_cases = self.method.student, None
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """nnU-Net's split into cases for training and validation."""
+        """nnU-Net's split into cases for training and validation; of fewer than five cases it has fewer folds."""
+        on_first_process(lambda: training_data.write_small_split(self))
         training, validation = super().do_split()
         return training, validation if self._validation_cases is None else self._validation_cases
 

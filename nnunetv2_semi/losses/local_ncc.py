@@ -29,16 +29,19 @@ def local_ncc_map(image: torch.Tensor, reference: torch.Tensor, window: int = 9,
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and positive, got {window}")
     with torch.autocast(image.device.type, enabled=False):
-        first, second = _Centred(single_precision(image)), _Centred(single_precision(reference))
-        sizes = image.shape[2:]
-        voxels = window ** len(sizes)
-        outside = voxels - _voxels_inside(sizes, window).to(first.values)
-        first_sum, second_sum = first.window_sum(window, outside), second.window_sum(window, outside)
-        variance = [centred.window_sum_of_product(centred, window, outside) - total * total / voxels
-                    for centred, total in ((first, first_sum), (second, second_sum))]
-        covariance = first.window_sum_of_product(second, window, outside) - first_sum * second_sum / voxels
-        # rounding can leave a variance just below 0
-        return covariance.square() / (variance[0].clamp_min(0) * variance[1].clamp_min(0) + epsilon)
+        # Squares of intensities far from 0 would drown the variances in rounding. So the mean of a channel is taken off
+        # everywhere, from the zeros around the image too.
+        (first, around_first), (second, around_second) = _centred(image), _centred(reference)
+        voxels = window ** (image.ndim - 2)
+        outside = voxels - _voxels_inside(first, window)
+
+        def summed(values: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
+            return torch.addcmul(_WindowSum.apply(values, window), around, outside)
+        of_first, of_second = summed(first, around_first), summed(second, around_second)
+        covariance = summed(first * second, around_first * around_second) - of_first * of_second / voxels
+        variances = [(summed(values.square(), around.square()) - total.square() / voxels).clamp_min(0)  # rounding
+                     for values, around, total in ((first, around_first, of_first), (second, around_second, of_second))]
+        return covariance.square() / (variances[0] * variances[1] + epsilon)
 
 
 def local_ncc_loss(image: torch.Tensor, reference: torch.Tensor, window: int = 9) -> torch.Tensor:
@@ -46,31 +49,19 @@ def local_ncc_loss(image: torch.Tensor, reference: torch.Tensor, window: int = 9
     return 1 - local_ncc_map(image, reference, window).mean()
 
 
-class _Centred:
-    """An image less the mean of each channel, the zeros around it less that mean too.
-
-    A constant changes no variance; but the squares of intensities far from 0 would drown it in rounding.
-    """
-
-    def __init__(self, image: torch.Tensor) -> None:
-        mean = image.detach().mean(tuple(range(2, image.ndim)), keepdim=True)
-        self.values, self.around = image - mean, -mean
-
-    def window_sum(self, window: int, outside: torch.Tensor) -> torch.Tensor:
-        """outside: voxels of each window that lie outside the image."""
-        return torch.addcmul(_WindowSum.apply(self.values, window), self.around, outside)
-
-    def window_sum_of_product(self, other: _Centred, window: int, outside: torch.Tensor) -> torch.Tensor:
-        within = _WindowSum.apply(self.values * other.values, window)
-        return torch.addcmul(within, self.around * other.around, outside)
+def _centred(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image less the mean of each channel, and what the zeros around it are then, (B, C, 1, ...)."""
+    image = single_precision(image)
+    mean = image.detach().mean(tuple(range(2, image.ndim)), keepdim=True)
+    return image - mean, -mean
 
 
-def _voxels_inside(sizes: torch.Size, window: int) -> torch.Tensor:
-    """How many voxels of the window around each voxel lie in an image of these sizes, (*sizes) integer."""
+def _voxels_inside(image: torch.Tensor, window: int) -> torch.Tensor:
+    """How many voxels of the window around each voxel of ``image`` (B, C, *spatial) lie in it, (*spatial)."""
     half = window // 2
-    counts = torch.ones((), dtype=torch.long)
-    for size in sizes:
-        voxel = torch.arange(size)
+    counts = image.new_ones(())
+    for size in image.shape[2:]:
+        voxel = torch.arange(size, dtype=image.dtype, device=image.device)
         counts = counts.unsqueeze(-1) * ((voxel + half).clamp_max(size - 1) - (voxel - half).clamp_min(0) + 1)
     return counts
 

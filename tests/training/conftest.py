@@ -62,7 +62,7 @@ def prepare(workspace: Path, configuration: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(folder, str(workspace / folder))
     sizes = {"labelled": 3, "unlabelled": 2, "test": 1, **phantom}
     make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", **sizes)  # type: ignore[arg-type]
-    extract_fingerprints([1], num_processes=1)
+    extract_fingerprints([1], "nnUNetFingerprintExtractorSemi", num_processes=1)
     nnUNetPlannerSemiCPU(1).plan_experiment()
     preprocess_dataset(1, "nnUNetSemiCPUPlans", [configuration], num_processes=[1])
     set_semi(workspace, num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, save_every=1)
