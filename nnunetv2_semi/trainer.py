@@ -255,7 +255,11 @@ class nnUNetTrainerSemi(nnUNetTrainer):
                      present["labelled"], present.get("unlabelled"))
 
     def _present_modalities(self, batch: dict) -> torch.Tensor:
-        return present_modalities(batch["present"], (self.settings.modalities or {}).values())
+        """Bool (B, modalities); all where a batch does not say."""
+        present = batch.get("present")
+        if present is None:
+            present = torch.ones(batch["data"].shape[:2], dtype=torch.bool)
+        return present_modalities(present, (self.settings.modalities or {}).values())
 
     def _predictable(self, case: str, part: str, cases: CaseChannels) -> bool:
         """Whether ``case`` has the modality that a part of the method needs."""
