@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 _TILE_2D, _TILE_3D = (1, 4, 8), (2, 4, 4)
-_BYTES_SUMMED = 2**22  # of sums over channels, which stay in the cache
-_BYTES_MULTIPLIED = {"cpu": 2**22}  # of matrices at once, likewise
-_BYTES_MULTIPLIED_ELSEWHERE = 2**28  # where the number of launches counts
+_BYTES_PER_THREAD = 2**22  # handled at once, which stay in the cache
+_BYTES_ON_GPU = 2**28  # where the number of launches counts
 
 
 def cost_volume(target: torch.Tensor, source: torch.Tensor, radius: int = 2) -> torch.Tensor:
@@ -37,8 +36,10 @@ def cost_volume(target: torch.Tensor, source: torch.Tensor, radius: int = 2) -> 
     target, source: features (B, C, *spatial) over n = 2 or 3 spatial axes. radius: of shifts k, voxels along each axis;
     they are in row-major order from (-radius, ..., -radius), the last axis fastest. Computed in the dtype of the input
     (of two, the wider one), within autocast too. Gradients reach both, but no gradients of gradients.
-    Memory beside the result: for the forward pass a copy of each input, with a margin, and some MiB (256 MiB on a GPU);
-    for the backward pass the same again, the gradients, and copies of these. Between both nothing but the inputs.
+    Memory beside the result: in the forward pass a copy of each input, with a margin of ``radius``, and 4 MiB a thread
+    (256 MiB on a GPU); in the backward pass as much again for the gradients; in between nothing but the inputs. Where a
+    size is no multiple of a tile (2 x 4 x 4 voxels, 4 x 8 in 2D) the backward pass, and on a GPU the forward pass too,
+    holds the volume twice.
     Raises ValueError for differing shapes, another number of axes or a negative radius.
     """
     dimensions = target.ndim - 2
@@ -117,7 +118,7 @@ def _by_channels(target: torch.Tensor, source: torch.Tensor, radii: tuple[int, .
                                 (*spaced.stride()[:2], plane, row, 1, plane, 1))
     target = F.pad(target, (0, wide)).flatten(3)
     volume = target.new_empty(batch, *shifts, depth, height, width)
-    lines = _BYTES_SUMMED // (target.element_size() * prod(shifts) * row)
+    lines = _bytes_at_once(target) // (target.element_size() * prod(shifts) * row)
     planes_at_once, lines = max(1, lines // height), min(max(1, lines), height)
     for patch, z, y in product(range(batch), range(0, depth, planes_at_once), range(0, height, lines)):
         voxels = (..., slice(z, z + planes_at_once), slice(y * row, (y + lines) * row))
@@ -140,6 +141,10 @@ def _by_tiles(target: torch.Tensor, source: torch.Tensor, radii: tuple[int, ...]
         part = of_tiles[block]
         part.copy_(cut.diagonals(products, part.shape[:4]))
     return cut.clipped(volume.flatten(1, 3))
+
+
+def _bytes_at_once(features: torch.Tensor) -> int:
+    return _BYTES_PER_THREAD * torch.get_num_threads() if features.device.type == "cpu" else _BYTES_ON_GPU
 
 
 def _rows(voxels: torch.Tensor) -> torch.Tensor:
@@ -253,8 +258,7 @@ class _Tiling:
     def blocks(self, tiles: torch.Tensor) -> Iterator[tuple[slice, ...]]:
         """Slices of (B, *counts) that divide all of (B, *counts, *tile, C) into what is handled at once."""
         window, tile, channels = self.window.numel(), self.tile.numel(), tiles.shape[-1]
-        at_once = _BYTES_MULTIPLIED.get(tiles.device.type, _BYTES_MULTIPLIED_ELSEWHERE)
-        left = at_once // (tiles.element_size() * (window * tile + (window + tile) * channels))
+        left = _bytes_at_once(tiles) // (tiles.element_size() * (window * tile + (window + tile) * channels))
         steps = []
         for count in tiles.shape[3::-1]:
             parts = -(-count // max(1, min(count, left)))

@@ -32,8 +32,7 @@ SHAPES = [(2, 3, 5, 6, 9), (1, 2, 4, 8, 8), (1, 2, 1, 3, 2), (3, 1, 7, 1, 5), (2
 @pytest.mark.parametrize("radius", [0, 1, 2, 4])
 @pytest.mark.parametrize("bytes_at_once", [1, 20_000, 2**20], ids=lambda number: f"{number} bytes")
 def test_equals_the_definition_in_values_and_gradients(monkeypatch, shape, radius, bytes_at_once):
-    monkeypatch.setattr(module, "_BYTES_SUMMED", bytes_at_once)
-    monkeypatch.setattr(module, "_BYTES_MULTIPLIED", {"cpu": bytes_at_once})
+    monkeypatch.setattr(module, "_bytes_at_once", lambda features: bytes_at_once)
     leaves = features(*shape)
     ours, naive = cost_volume(*leaves, radius), naive_cost_volume(*leaves, radius)
     assert ours.shape == naive.shape and ours.is_contiguous()
@@ -51,7 +50,7 @@ def test_the_way_of_a_gpu_equals_that_of_a_cpu(monkeypatch, shape, radius, bytes
     leaves = features(*shape)
     expected = cost_volume(*leaves, radius)
     monkeypatch.setattr(module, "_by_channels", module._by_tiles)
-    monkeypatch.setattr(module, "_BYTES_MULTIPLIED", {"cpu": bytes_at_once})
+    monkeypatch.setattr(module, "_bytes_at_once", lambda features: bytes_at_once)
     found = cost_volume(*leaves, radius)
     assert found.is_contiguous() and torch.allclose(found, expected, rtol=0, atol=1e-13)
 
