@@ -37,7 +37,8 @@ class MASSSettings(BaseSettings):
     registration: find correspondences at all; without it nothing is learnt from unlabelled patches.
     ncc_weight, mse_weight: of 1 - local NCC and of the mean squared difference between a target and its warped
     same-modality atlas. smoothness_weight: of every displacement. semantic_weight: of 1 - Dice between the labels
-    warped from the same-modality and from the other-modality atlas. contrast_weight: of the contrast of feature
+    warped from the same-modality and from the other-modality atlas; semantic_moves: which of the two it moves, the
+    "other"-modality one or, as in the paper, "both". contrast_weight: of the contrast of feature
     channels, with contrast_temperature, tokens "normalised" along features or as "released"; contrast_stage: decoder
     stage of the features, 0 the coarsest. pseudo_weight: of the warped labels as pseudo-labels, ramped up over
     ramp_fraction of training. predict: what the deployed network gives. refine: register warped atlases once more for
@@ -54,6 +55,7 @@ class MASSSettings(BaseSettings):
     mse_weight: float = 1.0
     smoothness_weight: float = 1.0
     semantic_weight: float = 1.0
+    semantic_moves: Literal["other", "both"] = "other"
     contrast_weight: float = 1.0
     contrast_temperature: float = 0.1
     contrast_tokens: Literal["normalised", "released"] = "normalised"
@@ -174,7 +176,7 @@ class MASS(Method):
 
     def _with_one_modality(self, image: torch.Tensor) -> torch.Tensor:
         """``image`` with one of the modalities that each patch has, drawn from torch's global random state."""
-        present = self.student.present_modalities(image)
+        present = self.student.encoders.present_modalities(image)
         chosen = torch.multinomial(present.float().cpu(), 1)[:, 0]
         return self.student.only(image, chosen)
 
@@ -189,21 +191,22 @@ class MASS(Method):
         near, far = (self._warped(pyramid, source, numbers, image)
                      for source, numbers, image in zip(pyramids, (same, other), images[1:], strict=True))
         similarity, difference, trust = self._similarity(near.image, target, modality)
+        reference = near.labels if settings.semantic_moves == "both" else near.labels.detach()
         smoothness = (displacement_smoothness(near.displacement) + displacement_smoothness(far.displacement)) / 2
         terms = [Term("ncc", 1 - similarity, self.unlabelled_weight(settings.ncc_weight)),
                  Term("mse", difference, self.unlabelled_weight(settings.mse_weight)),
                  Term("smoothness", smoothness, self.unlabelled_weight(settings.smoothness_weight)),
-                 Term("semantic", soft_dice_loss(near.labels, far.labels, regions),
+                 Term("semantic", soft_dice_loss(far.labels, reference, regions),
                       self.unlabelled_weight(settings.semantic_weight))]
         if self.tokens is not None:
             terms.append(Term("contrast", self._contrast(pyramid, far),
                               self.unlabelled_weight(settings.contrast_weight)))
         logits = full_resolution(pyramid[0])
-        pseudo = near.labels.detach()
+        probability, pseudo = probabilities(logits, regions), near.labels.detach()
         terms.append(Term("pseudo", weighted_soft_cross_entropy(logits, pseudo, trust, regions)
-                          + soft_dice_loss(probabilities(logits, regions) * trust, pseudo * trust, regions),
+                          + soft_dice_loss(probability * trust, pseudo * trust, regions),
                           self.unlabelled_weight(settings.pseudo_weight, settings.ramp_fraction)))
-        self.note_agreement(pseudo, probabilities(logits, regions))
+        self.note_agreement(pseudo, probability)
         self.metrics["folding"] = folded_share(near.displacement.detach())
         return terms
 

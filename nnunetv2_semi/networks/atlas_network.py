@@ -18,7 +18,7 @@ from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.correspondence import CorrespondenceHead
 from nnunetv2_semi.networks.modality_branches import mean_probability_logits
 from nnunetv2_semi.networks.modality_encoders import ModalityEncoders, Pyramid
-from nnunetv2_semi.networks.present_channels import fill_absent, present_channels, present_modalities
+from nnunetv2_semi.networks.present_channels import fill_absent
 from nnunetv2_semi.networks.warp import warp
 
 Predict = Literal["segmentation", "atlas", "both"]
@@ -61,7 +61,7 @@ class AtlasNetwork(nn.Module):
 
     def predicted(self, image: torch.Tensor, predict: Predict) -> Logits:
         """As ``forward``, but says what is predicted."""
-        present = self.present_modalities(image)
+        present = self.encoders.present_modalities(image)
         outputs, voting = [], []
         for index in range(present.shape[1]):
             if present[:, index].any():
@@ -70,11 +70,6 @@ class AtlasNetwork(nn.Module):
         scales = [mean_probability_logits(list(scale), self.atlases.regions, torch.stack(voting, 1))
                   if len(outputs) > 1 else scale[0] for scale in zip(*outputs, strict=True)]
         return scales if self.decoder.deep_supervision else scales[0]
-
-    def present_modalities(self, image: torch.Tensor) -> torch.Tensor:
-        """Which modalities each ``image`` (B, C, *spatial) has: bool (B, modalities); all where there is none."""
-        present = present_modalities(present_channels(image), self.encoders.channels.values())
-        return present | ~present.any(1, keepdim=True)
 
     def only(self, image: torch.Tensor, modality: int | torch.Tensor) -> torch.Tensor:
         """``image`` (B, C, *spatial) with the channels of ``modality`` (one, or one for each patch) alone."""

@@ -18,16 +18,24 @@ from nnunetv2_semi.networks.warp import resize_displacement, warp
 class CorrespondenceHead(nn.Module):
     """Displacements from the features of a target and of a source.
 
-    At each stage the source's features are warped by the displacement so far, correlated with the target's (cosine over
-    channels), and a small network turns the cost volume into what is to be added.
+    At each stage the source's features are warped by the displacement so far and correlated with the target's (cosine
+    over channels). The shift that the correlations expect, sum over k of k softmax(correlation / temperature), is added
+    (a registration before anything is learnt, and a gradient that reaches the features), and then what a small network
+    makes of the correlations, the target's features and the displacement.
 
     widths: channels of the features of the stages that are used, coarsest first. dimensions: 2 or 3.
     radius: voxels of a stage over which is correlated. hidden: channels of the small networks.
+    temperature: of the softmax over correlations.
     """
 
-    def __init__(self, widths: Sequence[int], dimensions: int, radius: int = 2, hidden: int = 32) -> None:
+    shifts: torch.Tensor
+
+    def __init__(self, widths: Sequence[int], dimensions: int, radius: int = 2, hidden: int = 32,
+                 temperature: float = 0.2) -> None:
         super().__init__()
-        self.radius, self.dimensions = radius, dimensions
+        self.radius, self.dimensions, self.temperature = radius, dimensions, temperature
+        steps = torch.arange(-radius, radius + 1, dtype=torch.float32)
+        self.register_buffer("shifts", torch.cartesian_prod(*[steps] * dimensions), persistent=False)
         convolution = nn.Conv3d if dimensions == 3 else nn.Conv2d
         shifts = (2 * radius + 1) ** dimensions
 
@@ -50,8 +58,15 @@ class CorrespondenceHead(nn.Module):
         displacement = torch.zeros(len(first), self.dimensions, *first.shape[2:], device=first.device)
         for estimator, fixed, moving in zip(self.estimators, target, source, strict=True):
             displacement = resize_displacement(displacement, fixed.shape[2:])
-            fixed, moved = F.normalize(fixed, dim=1), F.normalize(warp(moving, displacement), dim=1)
+            fixed, moved = _directions(fixed), _directions(warp(moving, displacement))
             # a cosine: the volume holds means over channels
             costs = cost_volume(fixed, moved, self.radius) * fixed.shape[1]
+            likely = (costs.float() / self.temperature).softmax(1)
+            displacement = displacement + torch.einsum("bk...,kn->bn...", likely, self.shifts)
             displacement = displacement + estimator(torch.cat([costs, fixed, displacement], 1)).float()
         return resize_displacement(displacement, size)
+
+
+def _directions(features: torch.Tensor) -> torch.Tensor:
+    """Unit vectors over channels, of features less their mean: what all voxels share tells none from another."""
+    return F.normalize(features - features.mean(tuple(range(2, features.ndim)), keepdim=True), dim=1)

@@ -42,9 +42,14 @@ class ModalityEncoders(nn.Module):
         """Channels of the decoder stages' features, coarsest stage first."""
         return [layer.in_channels for layer in self.decoder.seg_layers]
 
+    def present_modalities(self, image: torch.Tensor) -> torch.Tensor:
+        """Which modalities each ``image`` (B, C, *spatial) has: bool (B, modalities); all where there is none."""
+        present = present_modalities(present_channels(image), self.channels.values())
+        return present | ~present.any(1, keepdim=True)
+
     def modality(self, image: torch.Tensor) -> torch.Tensor:
         """The index (B,) of the first modality that each image (B, C, *spatial) has."""
-        return present_modalities(present_channels(image), self.channels.values()).int().argmax(1)
+        return self.present_modalities(image).int().argmax(1)
 
     def forward(self, image: torch.Tensor) -> Pyramid:
         """Logits, and the features of the decoder's stages, of ``image`` (B, C, *spatial), all of whose channels but

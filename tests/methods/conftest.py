@@ -1,5 +1,6 @@
 """Tiny networks and batches, no plans and no files."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,11 @@ from nnunetv2_semi.methods.base import Batch, Context
 
 
 def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bool = False,
-                  dropout: float = 0.0) -> nn.Module:
+                  dropout: float = 0.0, widths: Sequence[int] = (4, 8, 8)) -> nn.Module:
     conv, norm, drop = {2: (nn.Conv2d, nn.InstanceNorm2d, nn.Dropout2d),
                         3: (nn.Conv3d, nn.InstanceNorm3d, nn.Dropout3d)}[dims]
-    return PlainConvUNet(channels, 3, [4, 8, 8], conv, 3, [1, 2, 2], 1, heads, 1, conv_bias=True, norm_op=norm,
+    return PlainConvUNet(channels, len(widths), list(widths), conv, 3, [1] + [2] * (len(widths) - 1), 1, heads, 1,
+                         conv_bias=True, norm_op=norm,
                          norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
                          nonlin_kwargs={"inplace": True}, deep_supervision=deep_supervision,
                          dropout_op=drop if dropout else None, dropout_op_kwargs={"p": dropout} if dropout else None)

@@ -103,6 +103,22 @@ def test_semantic_consistency_reaches_the_correspondence_head(small):
     assert sum(float(g.abs().sum()) for g in gradient) > 0
 
 
+@pytest.mark.parametrize("moves, same_too", [("other", False), ("both", True)])
+def test_semantic_consistency_moves_the_other_modality_or_both(small, moves, same_too, monkeypatch):
+    batch = unpaired(small)
+    method = started(small, batch, semantic_moves=moves)
+    found, displacement = [], method.student.displacement
+
+    def kept(*args):
+        found.append(displacement(*args))
+        found[-1].retain_grad()
+        return found[-1]
+    monkeypatch.setattr(method.student, "displacement", kept)
+    terms_of(method, batch)["semantic"].value.backward()
+    same, other = (field.grad is not None and bool(field.grad.any()) for field in found)
+    assert other and same is same_too
+
+
 def test_pseudo_labels_teach_the_segmentation_alone(small):
     batch = unpaired(small)
     method = started(small, batch)
