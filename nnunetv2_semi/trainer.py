@@ -67,8 +67,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         name = self.method_class.name
         found = settings_from_plan(self.method_class.Settings, self.configuration_manager.configuration.get("semi", {}),
                                    name)
-        self.settings = replace(found, modalities=found.modalities or modalities_or_channels(dataset_json),
-                                regions=self.label_manager.has_regions)
+        self.modalities = found.modalities or modalities_or_channels(dataset_json)
+        self.settings = replace(found, modalities=self.modalities, regions=self.label_manager.has_regions)
         # What a network depends on travels in the plans, and with them how the model was made.
         self.semi = settings_for_plan(self.settings, name)
         plans["configurations"][configuration]["semi"] = self.semi
@@ -108,14 +108,14 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         context = Context(
             supervised_loss=lambda output, target: self.loss(output, target),
             regions=self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
-            spacing=tuple(self.configuration_manager.spacing), modalities=self.settings.modalities or {},
+            spacing=tuple(self.configuration_manager.spacing), modalities=self.modalities,
             one_pass=one_pass, images_per_pass=self._images_per_pass(), sum_over_processes=sum_over_processes,
             rows_of_all_processes=rows_of_all_processes,
             scale_weights=tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,))),
             patch_size=tuple(self.configuration_manager.patch_size), num_heads=num_heads,
             build_network=lambda channels: nnUNetTrainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision),
-            training_cases=lambda: training_data.whole_training_cases(self, self.settings))
+            training_cases=lambda: training_data.whole_training_cases(self, self.modalities))
         self.method_class.check(context, self.settings)
 
         torch.manual_seed(self.settings.seed)
@@ -259,12 +259,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         present = batch.get("present")
         if present is None:
             present = torch.ones(batch["data"].shape[:2], dtype=torch.bool)
-        return present_modalities(present, (self.settings.modalities or {}).values())
-
-    def _predictable(self, case: str, part: str, cases: CaseChannels) -> bool:
-        """Whether ``case`` has the modality that a part of the method needs."""
-        present = self._present_modalities({"present": torch.tensor([cases.present(case, self.num_input_channels)])})
-        return bool(self.method.part_applies(part, present))
+        return present_modalities(present, self.modalities.values())
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         self._close_bar()
@@ -348,9 +343,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self._trained_here and not self.settings.final_validation:
             self.print_to_log_file('No validation after training, as "final_validation" says.')
             return
-        cases = CaseChannels(self.dataset_class(self.preprocessed_dataset_folder))
-        for name, part in self.method.parts().items():
-            own = [case for case in self.do_split()[1] if self._predictable(case, name, cases)]
+        parts = self.method.parts()
+        cases = self.do_split()[1] if parts else []
+        channels = CaseChannels(self.dataset_class(self.preprocessed_dataset_folder))
+        present = present_modalities(channels.present(cases, self.num_input_channels), self.modalities.values())
+        for name, part in parts.items():
+            own = [case for case, has in zip(cases, self.method.part_applies(name, present), strict=True) if has]
             if not own:
                 self.print_to_log_file(f"No validation of {name} alone: no validation case has that modality.")
                 continue
@@ -361,7 +359,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
                     super().perform_actual_validation()
             finally:
                 self.output_folder = whole
-        if self.method.parts():
+        if parts:
             self.print_to_log_file("Validation of the deployed network:")
         with self._validating(self.method.deployable()):
             super().perform_actual_validation(save_probabilities)

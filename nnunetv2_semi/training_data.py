@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: Unlabel
         mask_needed=any(trainer.configuration_manager.use_mask_for_norm))
 
 
-def whole_training_cases(trainer: nnUNetTrainer, settings: Settings) -> Iterator[WholeCase]:
+def whole_training_cases(trainer: nnUNetTrainer, modalities: Mapping[str, Sequence[int]]) -> Iterator[WholeCase]:
     """The labelled training cases of the fold, see `WholeCase`; of a 3D case in 2D the slice with most foreground."""
     names = sorted(trainer.do_split()[0])
     dataset = infer_dataset_class(trainer.preprocessed_dataset_folder)(trainer.preprocessed_dataset_folder, names)
@@ -90,9 +90,9 @@ def whole_training_cases(trainer: nnUNetTrainer, settings: Settings) -> Iterator
                for size, wanted in zip(image.shape[1:], patch, strict=True)]
         sample = transforms(image=torch.from_numpy(crop_and_pad_nd(image, box, 0)).float(),
                             segmentation=torch.from_numpy(crop_and_pad_nd(segmentation, box, -1)).to(torch.int16))
-        present = torch.tensor([channels.present(name, len(image))])
-        modalities = present_modalities(present, (settings.modalities or {}).values())[0].nonzero()[:, 0].tolist()
-        yield WholeCase(name, fill_absent(sample["image"], present[0]), sample["segmentation"], modalities)
+        present = channels.present([name], len(image))
+        own = present_modalities(present, modalities.values())[0].nonzero()[:, 0].tolist()
+        yield WholeCase(name, fill_absent(sample["image"], present[0]), sample["segmentation"], own)
 
 
 def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mapping[str, nnUNetDataLoader],

@@ -13,6 +13,8 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
+from nnunetv2_semi.data.dataset_settings import num_channels
+
 ATLAS_CONFIGURATION = "3d_atlas"
 # As nnU-Net has them in its search for 3d_lowres, ...
 SPACING_STEP = 1.03
@@ -115,10 +117,9 @@ def network_for_volume(
 
 def fits_memory(planner: ExperimentPlanner, patch_size: tuple[int, ...], architecture: dict) -> bool:
     """Whether nnU-Net's estimate for a batch of two such patches is within the planner's memory target."""
-    channels = planner.dataset_json.get("channel_names") or planner.dataset_json["modality"]
     estimate = planner.static_estimate_VRAM_usage(
         patch_size,  # type: ignore[arg-type]
-        len(channels),
+        num_channels(planner.dataset_json),
         len(planner.dataset_json["labels"]),
         architecture["network_class_name"],
         architecture["arch_kwargs"],

@@ -25,7 +25,7 @@ from nnunetv2.imageio.reader_writer_registry import (
 from nnunetv2_semi.benchmark.runs import PredictedRun
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.data.whole_files import read_json_object
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 
 METRICS = ("dice", "jaccard", "hd95_mm", "asd_mm", "nsd")
 HIGHER_IS_BETTER = {"dice": True, "jaccard": True, "hd95_mm": False, "asd_mm": False, "nsd": True}
@@ -232,7 +232,7 @@ def _rows_of_case(
         except MemoryError:
             raise
         except Exception as error:  # readers raise whatever their libraries do
-            return [], f"{path} cannot be read (" + " ".join(f"{type(error).__name__}: {error}".split())[:300] + ")"
+            return [], f"{path} cannot be read ({one_line(error)})"
     (truth, spacing, truth_properties), (prediction, _, properties) = maps
     if truth.shape != prediction.shape:
         return [], f"{case.prediction} has {prediction.shape} voxels, its truth {truth.shape}"

@@ -27,7 +27,7 @@ from nnunetv2_semi.data.raw_cases import (
     list_unlabelled_cases,
 )
 from nnunetv2_semi.data.whole_files import read_json_object
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 
 REQUIRED_KEYS = ("labels", "file_ending")
 
@@ -164,7 +164,7 @@ def label_values(file: str, reader: type[BaseReaderWriter]) -> tuple[frozenset[f
     except MemoryError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
-        return frozenset(), " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return frozenset(), one_line(error)
 
 
 def _raw_folder(dataset_name_or_id: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from nnunetv2_semi.benchmark.source_cases import Source, class_names
 from nnunetv2_semi.benchmark.stability import ranked
+from nnunetv2_semi.data.dataset_settings import named_channels
 from nnunetv2_semi.data.whole_files import whole_file
 from nnunetv2_semi.pictures import BACKGROUND, COLOURS, FOREGROUND, PictureRow, save_overview
 
@@ -64,7 +65,7 @@ def overlay_rows(
         scores: Stability per case.
     """
     order = ranked(scores)
-    channel = next(iter(source.dataset_json.get("channel_names", source.dataset_json.get("modality", {})).values()))
+    channel = next(iter(named_channels(source.dataset_json).values()))
     rows = []
     for case in dict.fromkeys((order[0], order[-1])):
         image, properties = reader().read_images([next(iter(source.unlabelled[case].images.values()))])

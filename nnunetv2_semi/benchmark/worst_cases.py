@@ -21,6 +21,7 @@ from nnunetv2_semi.benchmark.page import Picture
 from nnunetv2_semi.benchmark.plots import overlay_picture
 from nnunetv2_semi.benchmark.runs import PredictedRun
 from nnunetv2_semi.benchmark.statistics import PRIMARY
+from nnunetv2_semi.data.dataset_settings import named_channels
 from nnunetv2_semi.pictures import COLOURS, PictureRow
 
 
@@ -68,8 +69,7 @@ def _drawn(run: PredictedRun, row: pd.Series) -> PictureRow:
     content = read_dataset_json(run.dataset_json)
     file = run.images / f"{case.name}_0000{content['file_ending']}" if run.images else Path()
     if file.is_file():
-        channels = content.get("channel_names", content.get("modality", {}))
-        image, title = _first_channel(file, reader), str(channels.get("0", "Image"))
+        image, title = _first_channel(file, reader), str(named_channels(content).get("0", "Image"))
     maps = {"Truth": truth, "Prediction": prediction}
     return PictureRow(case.name, {title: image}, maps, {"Prediction": float(row[PRIMARY])}, spacing[-2] / spacing[-1])
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.data.raw_cases import naming_rule, shown
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.data.dataset_settings import named_channels, num_channels
+from nnunetv2_semi.data.raw_cases import case_and_channel, naming_rule, shown
+from nnunetv2_semi.errors import UserError, one_line
 
 
 def channel_names(dataset_json: dict) -> dict[int, str]:
     """Channel index to name, in ascending order; names that are there twice get their index."""
-    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    names = named_channels(dataset_json)
     unique = len(set(names.values())) == len(names)
     return {
         index: str(name) if unique else f"{name} ({index})"
@@ -29,12 +28,11 @@ def channel_numbers(files: Sequence[str], file_ending: str) -> list[int] | None:
 
     None where these are no channel numbers: a name has none, or the names differ in more than the number.
     """
-    name_with_channel = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
-    matches = [name_with_channel.fullmatch(os.path.basename(file)) for file in files]
-    found = [(match.group(1), int(match.group(2))) for match in matches if match is not None]
-    if len(found) < len(files) or len({stem for stem, _ in found}) != 1:
+    found = [case_and_channel(os.path.basename(file), file_ending) for file in files]
+    named = [name for name in found if name is not None]
+    if len(named) < len(files) or len({case for case, _ in named}) != 1:
         return None
-    return [number for _, number in found]
+    return [number for _, number in named]
 
 
 def channels_of_case(files: Sequence[str], channels_read: int, dataset_json: dict) -> list[int]:
@@ -78,6 +76,19 @@ def channels_of_case(files: Sequence[str], channels_read: int, dataset_json: dic
     return numbers
 
 
+def channels_and_mistakes(
+    cases: Mapping[str, Sequence[str]], channels_read: Mapping[str, int], dataset_json: dict
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """`channels_of_cases` of the cases where all is well, and case name to what is wrong of the others."""
+    channels, mistakes = {}, {}
+    for case, files in cases.items():
+        try:
+            channels[case] = sorted(channels_of_case(files, channels_read[case], dataset_json))
+        except UserError as error:
+            mistakes[case] = str(error)
+    return channels, mistakes
+
+
 def channels_of_cases(
     cases: Mapping[str, Sequence[str]], channels_read: Mapping[str, int], dataset_json: dict
 ) -> dict[str, list[int]]:
@@ -86,15 +97,9 @@ def channels_of_cases(
     Raises:
         UserError: as `channels_of_case`, for all cases in one message.
     """
-    channels = {}
-    mistakes = []
-    for case, files in cases.items():
-        try:
-            channels[case] = sorted(channels_of_case(files, channels_read[case], dataset_json))
-        except UserError as error:
-            mistakes.append(f"Case {case}: {error}")
+    channels, mistakes = channels_and_mistakes(cases, channels_read, dataset_json)
     if mistakes:
-        raise UserError(" ".join(mistakes))
+        raise UserError(" ".join(f"Case {case}: {mistake}" for case, mistake in mistakes.items()))
     return channels
 
 
@@ -150,8 +155,7 @@ def _channels_in(file: str, reader: type[BaseReaderWriter]) -> int:
     except MemoryError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{file} cannot be read ({reason}). Replace the file, or remove its case.") from error
+        raise UserError(f"{file} cannot be read ({one_line(error)}). Replace the file, or remove its case.") from error
 
 
 def _count(number: int, noun: str) -> str:

@@ -19,7 +19,7 @@ from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.identity import ImageContent
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.data.raw_cases import shown
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 
 _UNFINISHED_FOLDER = "unfinished"
 _LEFTOVERS_AFTER_SECONDS = 24 * 3600.0
@@ -42,6 +42,17 @@ class PreprocessingJob:
     dataset_json: dict
     preprocessor_class: type[DefaultPreprocessor] | None
     folder: str
+
+    @property
+    def preprocessor(self) -> type[DefaultPreprocessor]:
+        """The class to use. Raises UserError where nnU-Net does not find the one that the configuration names."""
+        found = self.preprocessor_class or self.configuration_manager.preprocessor_class
+        if found is None:
+            raise UserError(
+                f"The plans name the preprocessor {self.configuration_manager.preprocessor_name}, which nnU-Net does "
+                f"not find. Run `nnunetv2_semi doctor` to see whether the plug-in is visible to nnU-Net."
+            )
+        return found
 
 
 def preprocess_missing(
@@ -78,16 +89,11 @@ def preprocess_missing(
     if not missing:
         return
     report(f"Preprocessing {len(missing)} of {len(cases)} unlabelled cases into {job.folder}")
-    preprocessor_class = job.preprocessor_class or job.configuration_manager.preprocessor_class
-    if preprocessor_class is None:
-        raise UserError(
-            f"The plans name the preprocessor {job.configuration_manager.preprocessor_name}, which nnU-Net does not "
-            f"find. Run `nnunetv2_semi doctor` to see whether the plug-in is visible to nnU-Net."
-        )
+    preprocessor = job.preprocessor
     unfilled = [case for case in missing if case in lacking]
-    if unfilled and not issubclass(preprocessor_class, FillingPreprocessor):
+    if unfilled and not issubclass(preprocessor, FillingPreprocessor):
         raise UserError(
-            f"{len(unfilled)} unlabelled case(s) lack channels ({shown(unfilled)}), and {preprocessor_class.__name__} "
+            f"{len(unfilled)} unlabelled case(s) lack channels ({shown(unfilled)}), and {preprocessor.__name__} "
             f'cannot fill them. Write "preprocessor_name": "nnUNetPreprocessorSemi" into the configuration in the '
             f"plans file (preprocessed cases that lack nothing stay as they are), or plan with -pl nnUNetPlannerSemi."
         )
@@ -118,10 +124,8 @@ def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tupl
     unfinished = os.path.join(job.folder, _UNFINISHED_FOLDER, uuid.uuid4().hex)
     os.makedirs(unfinished)
     try:
-        preprocessor_class = job.preprocessor_class or job.configuration_manager.preprocessor_class
-        preprocessor = preprocessor_class(verbose=False)
         target = os.path.join(unfinished, case)
-        preprocessor.run_case_save(
+        job.preprocessor(verbose=False).run_case_save(
             target,
             files,
             None,
@@ -137,7 +141,7 @@ def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tupl
     except MemoryError:
         raise
     except Exception as error:  # the other cases are still to be done
-        return {}, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return {}, one_line(error)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

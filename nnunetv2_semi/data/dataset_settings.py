@@ -25,9 +25,14 @@ class DatasetSettings:
     plan_with_unlabelled: bool = False
 
 
+def named_channels(dataset_json: dict) -> dict[str, str]:
+    """Channel number to name, as dataset.json has them; `modality` is nnU-Net's older name of `channel_names`."""
+    return dataset_json.get("channel_names", dataset_json.get("modality", {}))
+
+
 def num_channels(dataset_json: dict) -> int:
-    """Number of image channels of a data set; `modality` is nnU-Net's older name of `channel_names`."""
-    names = dataset_json.get("channel_names", dataset_json.get("modality"))
+    """Number of image channels of a data set."""
+    names = named_channels(dataset_json)
     if not names:
         raise UserError('dataset.json names no image channels. Add "channel_names", for example {"0": "T1"}.')
     return len(names)
@@ -112,7 +117,7 @@ def modalities_or_channels(dataset_json: dict, where: str = "dataset.json") -> d
     declared = read_dataset_settings(dataset_json, where).modalities
     if declared is not None:
         return {name: list(channels) for name, channels in declared.items()}
-    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    names = named_channels(dataset_json)
     unique = len(set(names.values())) == len(names)
     return {str(name) if unique else f"{name}_{index}": [int(index)] for index, name in names.items()}
 

@@ -12,7 +12,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import C
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_semi.data.case_channels import channels_of_case
-from nnunetv2_semi.data.dataset_settings import num_channels
+from nnunetv2_semi.data.dataset_settings import named_channels, num_channels
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.errors import UserError
 
@@ -83,11 +83,10 @@ def check_statistics(channels: Iterable[int], dataset_json: dict) -> None:
     Raises:
         UserError: names the channels.
     """
-    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     found = set(channels)
     without = [
         f"{index} ({name})"
-        for index, name in names.items()
+        for index, name in named_channels(dataset_json).items()
         if int(index) not in found and issubclass(get_normalization_scheme(name), CTNormalization)
     ]
     if without:

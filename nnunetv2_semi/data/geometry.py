@@ -9,7 +9,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, list_unlabelled_cases, naming_rule
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 
 
 def unlabelled_geometry(
@@ -61,6 +61,6 @@ def _geometry(task: tuple[str, list[str]], reader_name: str) -> tuple[list[int],
     except MemoryError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
-        return [], [], " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return [], [], one_line(error)
     cropped, _, _ = crop_to_nonzero(image)
     return [int(size) for size in cropped.shape[1:]], [float(size) for size in properties["spacing"]], ""

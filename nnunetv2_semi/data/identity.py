@@ -15,6 +15,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
+from nnunetv2_semi.errors import one_line
 
 HASHES_FILE = "semi_content_hashes.json"
 _CACHE_VERSION = 1
@@ -207,7 +208,7 @@ def _content_or_reason(path: str, reader_name: str) -> tuple[ImageContent | None
     except MemoryError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, one_line(error)
 
 
 def _cache_key(path: str, raw_dataset_folder: str) -> str:

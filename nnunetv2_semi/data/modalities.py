@@ -21,13 +21,16 @@ class CaseChannels:
         self._dataset = dataset
         self._found: dict[str, list[int] | None] = {}
 
-    def present(self, case: str, num_channels: int) -> list[bool]:
-        """Of each of ``num_channels`` channels, whether ``case`` has it."""
+    def present(self, cases: Sequence[str], num_channels: int) -> torch.Tensor:
+        """Which of ``num_channels`` channels each of ``cases`` has: bool (cases, channels)."""
+        rows = [[self._has(case, channel) for channel in range(num_channels)] for case in cases]
+        return torch.tensor(rows, dtype=torch.bool).reshape(len(cases), num_channels)
+
+    def _has(self, case: str, channel: int) -> bool:
         if case not in self._found:
-            properties = self._dataset.load_case(case)[-1]
-            self._found[case] = properties.get(PRESENT_CHANNELS)
+            self._found[case] = self._dataset.load_case(case)[-1].get(PRESENT_CHANNELS)
         channels = self._found[case]
-        return [channels is None or index in channels for index in range(num_channels)]
+        return channels is None or channel in channels
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def mark_present(batch: dict, cases: CaseChannels, drop: ModalityDrop | None) ->
     replaced by the fill.
     """
     image = batch["data"]
-    present = torch.tensor([cases.present(str(case), image.shape[1]) for case in batch["keys"]])
+    present = cases.present([str(case) for case in batch["keys"]], image.shape[1])
     batch["present"] = present if drop is None else drop(present)
     if not batch["present"].all():
         batch["data"] = fill_absent(image, batch["present"])

@@ -9,12 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semi.data.phantom_anatomy import INTENSITY_SCALE, LABELS, MODALITIES, make_phantom_case, smooth_field
+from nnunetv2_semi.data.phantom_anatomy import (
+    CT_MODALITIES,
+    INTENSITY_SCALE,
+    LABELS,
+    MODALITIES,
+    make_phantom_case,
+    smooth_field,
+)
 from nnunetv2_semi.errors import UserError
 
 IGNORE_LABEL = len(LABELS) + 1
@@ -34,6 +42,7 @@ def make_phantom_dataset(
     regions: bool = False,
     ignore_label: bool = False,
     unpaired: bool = False,
+    ct: bool = False,
     spacing: tuple[float, ...] | None = None,
     seed: int = 0,
     file_ending: str = ".nii.gz",
@@ -41,7 +50,7 @@ def make_phantom_dataset(
     """Write a raw data set: ``imagesTr``, ``labelsTr``, ``imagesUn``, ``imagesTs``, ``labelsTs``, ``dataset.json``.
 
     Cases are numbered on through labelled, unlabelled and test ones; the image of case k depends on ``seed``, k,
-    ``shape`` and ``channels`` alone. The folder appears only when it is complete.
+    ``shape``, ``channels`` and ``ct`` alone. The folder appears only when it is complete.
 
     Args:
         raw_folder: Folder that holds raw data sets (``nnUNet_raw``); made if it does not exist.
@@ -55,6 +64,7 @@ def make_phantom_dataset(
         regions: Declare the overlapping regions liver (with its lesion), kidney, spine and lesion in place of labels.
         ignore_label: Label only a part of each structure in ``labelsTr``; the other voxels carry ``IGNORE_LABEL``.
         unpaired: Each case has one channel alone: case k has channel k modulo ``channels``.
+        ct: The first channel is a CT in place of T1.
         spacing: Voxel size in mm, in the order of ``shape``; 2 mm by default. A .png file does not store it.
         seed: Of the random numbers.
         file_ending: ``.nii.gz`` or another SimpleITK format nnU-Net reads, or ``.png`` for 2D.
@@ -76,7 +86,7 @@ def make_phantom_dataset(
         case_number = 0
         for split, count in (("Tr", labelled), ("Un", unlabelled), ("Ts", test)):
             for _ in range(count):
-                case = make_phantom_case(case_number, shape, channels, seed)
+                case = make_phantom_case(case_number, shape, channels, seed, ct)
                 case_name = f"case_{case_number:04d}"
                 for channel, image in enumerate(case.images):
                     if unpaired and channel != case_number % channels:
@@ -89,7 +99,8 @@ def make_phantom_dataset(
                         segmentation = _partly_labelled(segmentation, np.random.default_rng((seed, case_number, 1)))
                     _write_image(segmentation, partial / f"labels{split}" / f"{case_name}{file_ending}", voxel_size)
                 case_number += 1
-        description = _dataset_json(labelled, channels, regions, ignore_label, file_ending)
+        description = _dataset_json(labelled, (CT_MODALITIES if ct else MODALITIES)[:channels], regions, ignore_label,
+                                    file_ending)
         (partial / "dataset.json").write_text(json.dumps(description, indent=4), encoding="utf-8")
         os.replace(partial, folder)
     finally:
@@ -108,11 +119,11 @@ def _partly_labelled(segmentation: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def _dataset_json(
-    labelled: int, channels: int, regions: bool, ignore_label: bool, file_ending: str
+    labelled: int, names: Sequence[str], regions: bool, ignore_label: bool, file_ending: str
 ) -> dict[str, object]:
     labels: dict[str, int | list[int]] = {"background": 0, **LABELS}
     description: dict[str, object] = {
-        "channel_names": {str(channel): MODALITIES[channel] for channel in range(channels)},
+        "channel_names": {str(channel): name for channel, name in enumerate(names)},
         "labels": labels,
         "numTraining": labelled,
         "file_ending": file_ending,
@@ -122,8 +133,8 @@ def _dataset_json(
         description["regions_class_order"] = list(LABELS.values())
     if ignore_label:
         labels["ignore"] = IGNORE_LABEL
-    if channels == 2:
-        description["semi"] = {"modalities": {MODALITIES[0]: [0], MODALITIES[1]: [1]}}
+    if len(names) == 2:
+        description["semi"] = {"modalities": {names[0]: [0], names[1]: [1]}}
     return description
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 MODALITIES = ("T1", "T2", "FLAIR", "T1ce")
+CT_MODALITIES = ("CT", *MODALITIES[1:])
 LABELS = {"liver": 1, "kidney": 2, "spine": 3, "lesion": 4}
 
 INTENSITY_SCALE = 400.0
@@ -61,6 +62,11 @@ TISSUES = {
 # The lesion and the vessel belong to the liver and move with it.
 INSIDE_LIVER = ("vessel", "lesion")
 
+# Hounsfield units in the portal venous phase.
+CT_AIR, CT_NOISE = -1000.0, 20.0
+CT_UNITS = {"fat": -100.0, "muscle": 55.0, "bowel": 30.0, "liver": 110.0, "vessel": 170.0, "kidney": 180.0,
+            "spine": 320.0, "lesion": 60.0}
+
 
 @dataclass(frozen=True)
 class PhantomCase:
@@ -70,7 +76,7 @@ class PhantomCase:
     segmentation: np.ndarray
 
 
-def make_phantom_case(number: int, shape: Sequence[int], channels: int, seed: int) -> PhantomCase:
+def make_phantom_case(number: int, shape: Sequence[int], channels: int, seed: int, ct: bool = False) -> PhantomCase:
     """Images and label map of case ``number``; every label occurs in it.
 
     Grey values follow the usual model of an MR magnitude image: tissue means weighted by each voxel's share of the
@@ -81,12 +87,14 @@ def make_phantom_case(number: int, shape: Sequence[int], channels: int, seed: in
         shape: Two or three sides in voxels.
         channels: 1 to 4.
         seed: Of the random numbers.
+        ct: The first modality is a CT in Hounsfield units, without bias field, in place of T1 (``CT_MODALITIES``).
     """
     rng = np.random.default_rng((seed, number))
     shape = tuple(shape)
     shares = tissue_shares(rng, shape)
     segmentation = _label_map(shares)
-    images = [_image(rng, shares, channel) for channel in range(channels)]
+    images = [_ct_image(rng, shares) if ct and channel == 0 else _image(rng, shares, channel)
+              for channel in range(channels)]
     return PhantomCase(np.stack(images), segmentation)
 
 
@@ -158,6 +166,17 @@ def _image(rng: np.random.Generator, shares: dict[str, np.ndarray], channel: int
     magnitude = np.hypot(signal + rng.normal(0, NOISE, shape), rng.normal(0, NOISE, shape))
     gain = INTENSITY_SCALE * math.exp(rng.normal(0, 0.2))
     return np.round(magnitude * gain).astype(np.int16)
+
+
+def _ct_image(rng: np.random.Generator, shares: dict[str, np.ndarray]) -> np.ndarray:
+    """A CT, ``(*shape)`` int16, Hounsfield units; enhancement varies from case to case."""
+    shape = next(iter(shares.values())).shape
+    units = np.full(shape, CT_AIR)
+    for name, share in shares.items():
+        units += share * (CT_UNITS[name] * math.exp(rng.normal(0, 0.06)) - CT_AIR)
+    # A reconstruction kernel leaves neighbours' noise correlated.
+    noise = ndimage.gaussian_filter(rng.normal(size=shape), 0.5)
+    return np.round(units + noise * (CT_NOISE / noise.std())).astype(np.int16)
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], amplitude: float, nodes: int = 4) -> np.ndarray:

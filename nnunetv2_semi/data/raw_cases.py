@@ -112,20 +112,26 @@ def shown(names: list[str], at_most: int = 20) -> str:
     return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def case_and_channel(file_name: str, file_ending: str) -> tuple[str, int] | None:
+    """Case name and channel number in the name of an image file (`CASE_0001.nii.gz`: CASE and 1); None without one."""
+    match = re.fullmatch(r"(.+)_(\d{4})" + re.escape(file_ending), file_name)
+    return None if match is None else (match.group(1), int(match.group(2)))
+
+
 def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
     """Case name to {channel index: file}, and the image files whose names have no channel number."""
-    name_with_channel = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
     cases: dict[str, dict[int, str]] = {}
     unnumbered: list[str] = []
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     for name in names:
         if name.startswith(".") or not name.endswith(file_ending):
             continue
-        match = name_with_channel.fullmatch(name)
-        if match is None:
+        found = case_and_channel(name, file_ending)
+        if found is None:
             unnumbered.append(name)
         else:
-            cases.setdefault(match.group(1), {})[int(match.group(2))] = os.path.join(folder, name)
+            case, channel = found
+            cases.setdefault(case, {})[channel] = os.path.join(folder, name)
     return dict(sorted(cases.items())), unnumbered
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from nnunetv2_semi.data.case_channels import channel_names, channels_of_case, lacking_finding
+from nnunetv2_semi.data.case_channels import channel_names, channels_and_mistakes, lacking_finding
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
 from nnunetv2_semi.data.fingerprint import check_statistics
 from nnunetv2_semi.data.identity import ImageContent
@@ -33,10 +33,11 @@ def check_channels(
     """
     found = {}
     for kind, cases in groups.items():
-        channels, mistakes = _channels(cases, contents, dataset_json)
-        found[kind] = channels
+        readable = {case: files for case, files in cases.items() if all(file in contents for file in files)}
+        channels_read = {case: sum(contents[file].shape[0] for file in files) for case, files in readable.items()}
+        found[kind], mistakes = channels_and_mistakes(readable, channels_read, dataset_json)
         if mistakes:
-            wrong = f"{len(mistakes)} {kind} cases have wrong channels: {' '.join(mistakes)}"
+            wrong = f"{len(mistakes)} {kind} cases have wrong channels: {' '.join(mistakes.values())}"
             yield warning(wrong) if kind == "test" else problem(wrong)
     modalities = _modalities(dataset_json)
     for kind, channels in found.items():
@@ -48,21 +49,6 @@ def check_channels(
             yield warning(finding, _REMEDIES[kind])
     if found.get("labelled"):
         yield from _check_statistics(found["labelled"], dataset_json)
-
-
-def _channels(
-    cases: Mapping[str, Sequence[str]], contents: Mapping[str, ImageContent], dataset_json: dict
-) -> tuple[dict[str, list[int]], list[str]]:
-    """The channels of each case, and what is wrong with the others."""
-    channels, mistakes = {}, []
-    for case, files in cases.items():
-        if all(file in contents for file in files):
-            try:
-                read = sum(contents[file].shape[0] for file in files)
-                channels[case] = sorted(channels_of_case(files, read, dataset_json))
-            except UserError as error:
-                mistakes.append(str(error))
-    return channels, mistakes
 
 
 def _modalities(dataset_json: dict) -> dict[str, list[int]]:

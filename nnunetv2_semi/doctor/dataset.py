@@ -10,7 +10,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
 
 from nnunetv2_semi.data.case_channels import channel_numbers
-from nnunetv2_semi.data.dataset_settings import num_channels, read_dataset_settings
+from nnunetv2_semi.data.dataset_settings import named_channels, num_channels, read_dataset_settings
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
     UNLABELLED_FOLDER,
@@ -90,8 +90,7 @@ def _check_settings(dataset_json: dict, path: str) -> Check:
     if modalities is not None:
         named = listed(f"{name} (channels {listed(indices)})" for name, indices in modalities.items())
         return ok(f"modalities: {named}")
-    names = dataset_json.get("channel_names") or dataset_json["modality"]
-    return ok(f"modalities: {channels}, each channel is one: {listed(names.values())}")
+    return ok(f"modalities: {channels}, each channel is one: {listed(named_channels(dataset_json).values())}")
 
 
 def _check_layout(folder: str, dataset_json: dict) -> tuple[list[Check], RawCases]:

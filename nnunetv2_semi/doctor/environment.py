@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
 
 TRAINERS = tuple(f"nnUNetTrainerSemi{name}" for name in (
@@ -58,7 +58,7 @@ def _check_torch() -> Iterator[Check]:
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken torch raises whatever its libraries raise
-        yield problem(f"torch cannot be imported: {_one_line(error)}", "pip install --force-reinstall torch")
+        yield problem(f"torch cannot be imported: {one_line(error)}", "pip install --force-reinstall torch")
         return
     if torch.cuda.is_available():
         yield ok(f"torch {torch.__version__}, GPU: {torch.cuda.get_device_name(0)}")
@@ -77,7 +77,7 @@ def check_torchvision(torch_version: str) -> Check:
     try:
         torchvision = importlib.import_module("torchvision")
     except Exception as error:  # RuntimeError where it was built for another torch, ImportError where it is absent
-        reason = _one_line(error)
+        reason = one_line(error)
         return problem(f"torchvision cannot be imported beside torch {torch_version}: {reason}", REPAIR_TORCHVISION)
     return ok(f"torchvision {torchvision.__version__}")
 
@@ -101,7 +101,7 @@ def check_visibility() -> Iterator[Check]:
         try:
             missing = [name for name in names if not _is_found(name, nnunet, folder)]
         except Exception as error:  # the search imports every module on its way
-            yield problem(f"nnU-Net's search for {what} fails: {_one_line(error)}", "mend what the message names")
+            yield problem(f"nnU-Net's search for {what} fails: {one_line(error)}", "mend what the message names")
             continue
         if missing:
             yield problem(f"{what} not visible to nnU-Net: {listed(missing)}", "nnunetv2_semi link")
@@ -150,7 +150,3 @@ def _is_writable(folder: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -21,6 +21,7 @@ from nnunetv2_semi.data.identity import Duplicate, ImageContent, find_duplicates
 from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.doctor.channels import check_channels
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
+from nnunetv2_semi.errors import one_line
 
 # Starting a process costs about as much as reading this many small files.
 _FILES_PER_PROCESS = 16
@@ -86,7 +87,7 @@ def inspect_file(path: str, reader_name: str, label_files: frozenset[str]) -> Fi
     except EOFError as error:
         return FileReport(None, f"the file is truncated ({error})")
     except Exception as error:  # readers raise whatever their libraries do
-        return FileReport(None, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        return FileReport(None, one_line(error))
 
 
 def _reader_name(dataset_json: dict, files: list[str]) -> str:

@@ -15,21 +15,22 @@ def soft_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, regions: 
 
     logits, soft_label: (B, K, *spatial), soft_label in [0, 1] (summing to 1 over K unless ``regions``).
     """
-    logits = single_precision(logits)
-    if regions:
-        return F.binary_cross_entropy_with_logits(logits, soft_label)
-    return -(soft_label * logits.log_softmax(1)).sum(1).mean()
+    return _voxel_cross_entropy(logits, soft_label, regions).mean()
 
 
 def weighted_soft_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, weight: torch.Tensor,
                                 regions: bool) -> torch.Tensor:
     """`soft_cross_entropy` as a weighted mean over voxels, weight (B, 1, *spatial) >= 0; 0 where all weights are 0."""
+    voxels = _voxel_cross_entropy(logits, soft_label, regions)
+    return (weight * voxels).sum() / weight.sum().clamp_min(_EPS)
+
+
+def _voxel_cross_entropy(logits: torch.Tensor, soft_label: torch.Tensor, regions: bool) -> torch.Tensor:
+    """(B, 1, *spatial)"""
     logits = single_precision(logits)
     if regions:
-        voxels = F.binary_cross_entropy_with_logits(logits, soft_label, reduction="none").mean(1, keepdim=True)
-    else:
-        voxels = -(soft_label * logits.log_softmax(1)).sum(1, keepdim=True)
-    return (weight * voxels).sum() / weight.sum().clamp_min(_EPS)
+        return F.binary_cross_entropy_with_logits(logits, soft_label, reduction="none").mean(1, keepdim=True)
+    return -(soft_label * logits.log_softmax(1)).sum(1, keepdim=True)
 
 
 def soft_dice_loss(probability: torch.Tensor, soft_label: torch.Tensor, regions: bool) -> torch.Tensor:

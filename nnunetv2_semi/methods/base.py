@@ -11,7 +11,7 @@ besides; what it holds goes to the training device and into the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.checkpoint import checkpoint
 
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import Logits, agreement
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.schedules import sigmoid_ramp_up
@@ -160,11 +161,16 @@ class Method(nn.Module):
 
         The first is the one that nnU-Net logs and saves as its own.
         """
-        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [self.sgd(self.parameters(), initial_lr, weight_decay, num_epochs)]
+
+    def sgd(self, parameters: Iterable[nn.Parameter], initial_lr: float, weight_decay: float,
+            num_epochs: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """nnU-Net's optimiser and schedule for those of ``parameters`` that train."""
+        trainable = [p for p in parameters if p.requires_grad]
         momentum = self.settings.momentum
         optimizer = torch.optim.SGD(trainable, initial_lr, momentum=momentum, nesterov=momentum > 0,
                                     weight_decay=weight_decay)
-        return [(optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs))]
+        return optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs)
 
     def called_networks(self) -> list[nn.Module]:
         """The networks that ``loss`` and prediction call: these are compiled, in place."""
@@ -257,6 +263,22 @@ class Method(nn.Module):
         if cls.build_student.__func__ is not Method.build_student.__func__:  # type: ignore[attr-defined]
             return {}
         return {"": (list(range(num_channels)), weights)}
+
+
+def require_modalities(context: Context, need: str, example: str) -> None:
+    """Raise UserError, saying what the method's ``need`` is, where the data set has fewer than two modalities.
+
+    example: of how dataset.json names them.
+    """
+    names = list(context.modalities)
+    if len(names) < 2:
+        raise UserError(f"{need}; this data set has only {names}. Name them in dataset.json: "
+                        f'"semi": {{"modalities": {example}}}. With one modality use nnUNetTrainerSemiMeanTeacher.')
+
+
+def weights_under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those of ``weights`` (a state dict) whose names begin with ``prefix``, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def joins_batches(device: torch.device) -> bool:

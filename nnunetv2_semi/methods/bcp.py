@@ -38,10 +38,9 @@ class BCPSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("box", "ema_decay"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self.fractions("box", "ema_decay")
         self.require("pretrain_fraction", 0 <= self.pretrain_fraction < 1, "at least 0 and below 1")
-        self.require("pseudo_weight", self.pseudo_weight >= 0, "at least 0")
+        self.at_least(0, "pseudo_weight")
 
 
 class BCP(Method):

@@ -30,8 +30,7 @@ class CPSSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("cps_weight", "ramp_fraction"):
-            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.at_least(0, "cps_weight", "ramp_fraction")
 
 
 class CPS(Method):

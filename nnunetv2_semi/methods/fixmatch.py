@@ -39,10 +39,8 @@ class FixMatchSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("confidence", "view_noise_probability", "cutout"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("pseudo_weight", "ramp_fraction", "view_gamma", "view_scale", "view_shift", "view_noise"):
-            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.fractions("confidence", "view_noise_probability", "cutout")
+        self.at_least(0, "pseudo_weight", "ramp_fraction", "view_gamma", "view_scale", "view_shift", "view_noise")
 
 
 class FixMatch(Method):

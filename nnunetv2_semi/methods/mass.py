@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi.data.affine_alignment import affine_transform, resampled
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.losses.channel_contrast import channel_contrast
 from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
 from nnunetv2_semi.losses.local_ncc import local_ncc_map
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_dice_loss, weighted_soft_cross_entropy
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Batch, Context, Method, Term, WholeCase, require_modalities, weights_under
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predict, Predicting
 from nnunetv2_semi.networks.atlases import Atlases
@@ -34,6 +36,7 @@ from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
 class MASSSettings(BaseSettings):
     """atlases_per_modality: labelled training cases that become atlases, drawn by the seed (the paper's 5).
     align_atlases: map them affinely to the first one (SimpleITK, mutual information) when they are taken.
+    correspondence_lr: initial learning rate of the correspondence head (Adam; the paper's is 3e-4, for everything).
     registration: find correspondences at all; without it nothing is learnt from unlabelled patches.
     ncc_weight, mse_weight: of 1 - local NCC and of the mean squared difference between a target and its warped
     same-modality atlas. smoothness_weight: of every displacement. semantic_weight: of 1 - Dice between the labels
@@ -50,6 +53,7 @@ class MASSSettings(BaseSettings):
     rotation: float | None = 15.0
     atlases_per_modality: int = 5
     align_atlases: bool = False
+    correspondence_lr: float = 1e-3
     registration: bool = True
     ncc_weight: float = 1.0
     mse_weight: float = 1.0
@@ -68,10 +72,10 @@ class MASSSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ncc_weight", "mse_weight", "smoothness_weight", "semantic_weight", "contrast_weight",
-                     "pseudo_weight", "skip_finest", "contrast_stage"):
-            self.require(name, getattr(self, name) >= 0, "at least 0")
-        self.require("atlases_per_modality", self.atlases_per_modality >= 1, "at least 1")
+        self.at_least(0, "ncc_weight", "mse_weight", "smoothness_weight", "semantic_weight", "contrast_weight",
+                      "pseudo_weight", "skip_finest", "contrast_stage")
+        self.at_least(1, "atlases_per_modality")
+        self.require("correspondence_lr", self.correspondence_lr > 0, "greater than 0")
         self.require("contrast_temperature", self.contrast_temperature > 0, "greater than 0")
 
 
@@ -114,11 +118,7 @@ class MASS(Method):
 
     @classmethod
     def check(cls, context: Context, settings: BaseSettings) -> None:
-        if len(context.modalities) < 2:
-            raise UserError(
-                f"MASS needs images of two or more modalities; this data set has only {list(context.modalities)}. Name "
-                'them in dataset.json: "semi": {"modalities": {"CT": [0], "MR": [1]}}. With one modality use '
-                "nnUNetTrainerSemiMeanTeacher.")
+        require_modalities(context, "MASS needs images of two or more modalities", '{"CT": [0], "MR": [1]}')
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
@@ -126,6 +126,18 @@ class MASS(Method):
 
     def called_networks(self) -> list[nn.Module]:
         return [self.student.encoders, self.student.correspondence]
+
+    def optimizers(self, initial_lr: float, weight_decay: float,
+                   num_epochs: int) -> list[tuple[torch.optim.Optimizer, LRScheduler]]:
+        """nnU-Net's for encoders and decoder; Adam for the correspondence head and the tokens.
+
+        At nnU-Net's learning rate displacements, which nothing bounds, grow until every voxel lies outside the atlas.
+        """
+        registration = [*self.student.correspondence.parameters(), *(self.tokens.parameters() if self.tokens else [])]
+        learning_rate = self.settings.correspondence_lr
+        adam = torch.optim.Adam(registration, learning_rate)
+        return [self.sgd(self.student.encoders.parameters(), initial_lr, weight_decay, num_epochs),
+                (adam, PolyLRScheduler(adam, learning_rate, num_epochs))]
 
     def on_start(self) -> None:
         super().on_start()
@@ -146,23 +158,29 @@ class MASS(Method):
             raise UserError(f"No labelled training case of this fold has the modality {', '.join(lacking)}: MASS needs "
                             "an atlas of each. Label one, or choose another fold or split (splits_final.json).")
         chosen = [(case, index) for index, found in by_modality.items() for case in found]
-        pairs = [(case.image, case.target) for case, _ in chosen]
-        if self.settings.align_atlases:
-            pairs = self._aligned(pairs, [list(self.context.modalities.values())[index] for _, index in chosen])
+        pairs = self._aligned(chosen) if self.settings.align_atlases else \
+            [(case.image, case.target) for case, _ in chosen]
         images = [self.student.only(image[None], index)[0]
                   for (image, _), (_, index) in zip(pairs, chosen, strict=True)]
         self.student.atlases.take(images, [target for _, target in pairs], [index for _, index in chosen],
                                   self.context.ignore_label)
 
-    def _aligned(self, pairs: list[tuple[torch.Tensor, torch.Tensor]],
-                 channels: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Images and targets, each but the first mapped affinely to the first one by the first channel of each."""
-        spacing, fixed = self.context.spacing, pairs[0][0][channels[0][0]].numpy()
-        aligned = pairs[:1]
-        for (image, target), own in zip(pairs[1:], channels[1:], strict=True):
-            transform = affine_transform(image[own[0]].numpy(), fixed, spacing)
-            aligned.append((torch.from_numpy(resampled(image.numpy(), transform, spacing, nearest=False)),
-                            torch.from_numpy(resampled(target.numpy(), transform, spacing, nearest=True))))
+    def _aligned(self, chosen: list[tuple[WholeCase, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Images and targets of cases, each with its modality, all but the first mapped affinely to the first one by
+        the first channel of each. Raises UserError where SimpleITK cannot."""
+        channels, spacing = list(self.context.modalities.values()), self.context.spacing
+        (first, modality), *others = chosen
+        aligned = [(first.image, first.target)]
+        for case, index in others:
+            image, target = case.image.numpy(), case.target.numpy()
+            try:
+                transform = affine_transform(image[channels[index][0]], first.image[channels[modality][0]].numpy(),
+                                             spacing)
+            except RuntimeError as error:
+                raise UserError(f"Atlas {case.name} cannot be aligned to {first.name} ({one_line(error)}). Set "
+                                '"MASS": {"align_atlases": false} in the plans file\'s "semi".') from error
+            aligned.append((torch.from_numpy(resampled(image, transform, spacing, nearest=False)),
+                            torch.from_numpy(resampled(target, transform, spacing, nearest=True))))
         return aligned
 
     # loss
@@ -274,17 +292,13 @@ class MASS(Method):
                      num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
         models = {}
         for index, (name, channels) in enumerate(semi["modalities"].items()):
-            encoder = _under(weights, f"encoders.encoders.{index}.")
-            decoder = _under(weights, "encoders.decoder.")
+            encoder = weights_under(weights, f"encoders.encoders.{index}.")
+            decoder = weights_under(weights, "encoders.decoder.")
             # nnU-Net's decoder refers to its encoder: the weights of that stand in its state twice
             models[name] = (channels, {**{f"encoder.{key}": value for key, value in encoder.items()},
                                        **{f"decoder.{key}": value for key, value in decoder.items()},
                                        **{f"decoder.encoder.{key}": value for key, value in encoder.items()}})
         return models
-
-
-def _under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def _grid(shape: Sequence[int], device: torch.device, spacing: int = 4) -> torch.Tensor:

@@ -70,13 +70,11 @@ class RCPSSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sharpening", "contrast_temperature"):
-            self.require(name, getattr(self, name) > 0, "greater than 0")
-        for name in ("num_negatives", "projection_channels", "projection_resolution"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("pseudo_weight", "contrast_weight", "buffer_steps", "view_gamma", "view_scale", "view_shift",
-                     "view_noise"):
-            self.require(name, getattr(self, name) >= 0, "at least 0")
+        self.require("sharpening", self.sharpening > 0, "greater than 0")
+        self.require("contrast_temperature", self.contrast_temperature > 0, "greater than 0")
+        self.at_least(1, "num_negatives", "projection_channels", "projection_resolution")
+        self.at_least(0, "pseudo_weight", "contrast_weight", "buffer_steps", "view_gamma", "view_scale", "view_shift",
+                      "view_noise")
         self.require("max_anchors", self.max_anchors is None or self.max_anchors >= 1, "at least 1, or null")
 
 

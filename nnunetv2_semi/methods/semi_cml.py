@@ -24,7 +24,7 @@ from nnunetv2_semi.losses.predictions import (
     probabilities,
 )
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Batch, Context, Method, Term, require_modalities, weights_under
 from nnunetv2_semi.methods.modality_scores import ModalityScores
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
@@ -77,10 +77,8 @@ class SemiCMLSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prel_start", "alpha_weaker", "alpha_better", "self_relearning", "ema_decay"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("max_slices", "prel_passes"):
-            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.fractions("prel_start", "alpha_weaker", "alpha_better", "self_relearning", "ema_decay")
+        self.at_least(1, "max_slices", "prel_passes")
         self.require("temperature", self.temperature > 0, "greater than 0")
 
 
@@ -119,12 +117,9 @@ class SemiCML(Method):
 
     @classmethod
     def check(cls, context: Context, settings: BaseSettings) -> None:
+        require_modalities(context, "Semi-CML needs two or more modalities of the same patient",
+                           '{"T1": [0], "T2": [1]}')
         names = list(context.modalities)
-        if len(names) < 2:
-            raise UserError(
-                f"Semi-CML needs two or more modalities of the same patient; this data set has only {names}. Name them "
-                'in dataset.json: "semi": {"modalities": {"T1": [0], "T2": [1]}}. With one modality use '
-                "nnUNetTrainerSemiMeanTeacher.")
         better = settings.better_modality if isinstance(settings, SemiCMLSettings) else None
         if better is not None and better not in names:
             raise UserError(f'Plans file, "semi": better_modality is {better!r}, but the modalities are {names}.')
@@ -331,9 +326,5 @@ class SemiCML(Method):
     @classmethod
     def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
                      num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
-        models = {}
-        for index, (name, channels) in enumerate(semi["modalities"].items()):
-            prefix = f"branches.{index}."
-            models[name] = (channels, {key.removeprefix(prefix): value for key, value in weights.items()
-                                       if key.startswith(prefix)})
-        return models
+        return {name: (channels, weights_under(weights, f"branches.{index}."))
+                for index, (name, channels) in enumerate(semi["modalities"].items())}

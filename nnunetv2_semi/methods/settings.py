@@ -62,12 +62,10 @@ class Settings:
     regions: bool | None = None
 
     def __post_init__(self) -> None:
-        at_least = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1, "save_every": 1,
-                    "planned_graphs": 1, "max_skipped_steps": 1, "unlabelled_weight": 0, "seed": 0, "pictures": 0,
-                    "snapshots": 0, "unlabelled_batch_size": 1, "rotation": 0}
-        for name, lowest in at_least.items():
-            self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
-        self.require("drop_modality", 0 <= self.drop_modality <= 1, "between 0 and 1")
+        self.at_least(1, "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every",
+                      "planned_graphs", "max_skipped_steps", "unlabelled_batch_size")
+        self.at_least(0, "unlabelled_weight", "seed", "pictures", "snapshots", "rotation")
+        self.fractions("drop_modality")
         self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self.require("initial_lr", self.initial_lr > 0, "greater than 0")
 
@@ -75,6 +73,16 @@ class Settings:
         """Raise UserError saying that setting ``name`` must be ``expected``, unless ``holds``."""
         if not holds:
             raise UserError(f'Plans file, "semi": {name} must be {expected}, got {getattr(self, name)!r}.')
+
+    def at_least(self, lowest: int, *names: str) -> None:
+        """Raise UserError unless each of the settings ``names`` is ``lowest`` or more, or None."""
+        for name in names:
+            self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
+
+    def fractions(self, *names: str) -> None:
+        """Raise UserError unless each of the settings ``names`` is between 0 and 1."""
+        for name in names:
+            self.require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

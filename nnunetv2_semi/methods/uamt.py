@@ -32,8 +32,8 @@ class UAMTSettings(MeanTeacherSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("passes", self.passes >= 1, "at least 1")
-        self.require("threshold", 0 <= self.threshold <= 1, "between 0 and 1")
+        self.at_least(1, "passes")
+        self.fractions("threshold")
 
 
 class UAMT(MeanTeacher):

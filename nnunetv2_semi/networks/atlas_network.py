@@ -100,11 +100,14 @@ class AtlasNetwork(nn.Module):
         total: torch.Tensor | float = 0.0
         weights: torch.Tensor | float = 0.0
         for number in self.atlases.of_modality(modality):
-            source = self.atlases.image([number]).expand(len(image), *[-1] * (image.ndim - 1))
-            labels = self.atlases.one_hot([number]).expand(len(image), *[-1] * (image.ndim - 1))
+            source, labels = self.atlases.image([number]), self.atlases.one_hot([number])
             for _ in range(1 + self.refine):
-                displacement = self.displacement(pyramid, self.encoders(source), image.shape[2:])
-                source, labels = self.only(warp(source, displacement), modality), warp(labels, displacement)
+                moving = self.encoders(source)  # of one image, until it is warped to each of the batch
+                moving = moving[0], [features.expand(len(image), *features.shape[1:]) for features in moving[1]]
+                displacement = self.displacement(pyramid, moving, image.shape[2:])
+                source, labels = (warp(whole.expand(len(image), *whole.shape[1:]), displacement)
+                                  for whole in (source, labels))
+                source = self.only(source, modality)
             similarity = local_ncc_map(source[:, channels], image[:, channels]).mean(1, keepdim=True).exp()
             total, weights = total + similarity * labels, weights + similarity
         if not isinstance(total, torch.Tensor):

@@ -192,3 +192,17 @@ def test_impossible_arguments_are_refused(tmp_path: Path, wrong: dict[str, objec
     with pytest.raises(ValueError, match=message):
         make_phantom_dataset(tmp_path, **arguments)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ct_is_in_hounsfield_units_with_the_anatomy_of_the_mr(tmp_path: Path) -> None:
+    case = make_phantom_case(0, (24, 32, 24), 2, seed=0, ct=True)
+    mr = make_phantom_case(0, (24, 32, 24), 2, seed=0)
+    np.testing.assert_array_equal(case.segmentation, mr.segmentation)
+    ct = case.images[0]
+    assert ct[:, :2, :2].mean() == pytest.approx(-1000, abs=20)
+    medians = {name: np.median(ct[case.segmentation == label]) for name, label in LABELS.items()}
+    assert medians["lesion"] < medians["liver"] < medians["kidney"] < medians["spine"]
+    folder = make_phantom_dataset(tmp_path, labelled=2, unlabelled=0, test=0, shape=(12, 12), unpaired=True, ct=True)
+    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == {"0": "CT", "1": "T2"}
+    assert sorted(file.name for file in (folder / "imagesTr").iterdir()) == ["case_0000_0000.nii.gz",
+                                                                            "case_0001_0001.nii.gz"]

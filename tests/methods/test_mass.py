@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnunetv2_semi.data.phantom_anatomy import make_phantom_case
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.base import Batch, WholeCase
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
@@ -71,6 +72,20 @@ def test_a_step_has_all_terms_and_moves_all_parts(small, options):
     for part in ("student.encoders.encoders.0", "student.encoders.encoders.1", "student.encoders.decoder",
                  "student.correspondence", "tokens"):
         assert any(name.startswith(part) for name in moved), part
+
+
+@pytest.mark.parametrize("contrast_weight", [1.0, 0.0])
+def test_correspondence_has_an_optimiser_of_its_own_and_everything_has_one(small, contrast_weight):
+    """At nnU-Net's learning rate displacements grow without bound."""
+    batch = unpaired(small)
+    method = started(small, batch, contrast_weight=contrast_weight, correspondence_lr=2e-4)
+    (sgd, _), (adam, schedule) = method.optimizers(1e-2, 0.0, 10)
+    groups = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (sgd, adam)]
+    assert groups[0].isdisjoint(groups[1])
+    assert groups[0] | groups[1] == {id(p) for p in method.parameters() if p.requires_grad}
+    assert {id(p) for p in method.student.correspondence.parameters()} <= groups[1]
+    schedule.step(0)
+    assert adam.param_groups[0]["lr"] == 2e-4
 
 
 @pytest.mark.parametrize("setting, absent", [
@@ -235,3 +250,28 @@ def test_batch_size_one(small):
     method = started(small, batch)
     single = Batch(batch.labelled[1:], batch.target[1:], batch.unlabelled[:1])
     assert list(terms_of(method, single)) == TERMS
+
+
+def aligned_atlases(small, shape, align):
+    """Labels of the atlases, of which the second is the first one's anatomy in the other modality, 3 voxels aside."""
+    case = make_phantom_case(0, shape, 2, 0)
+    images = torch.stack([torch.from_numpy(image).float() for image in case.images])
+    labels = torch.from_numpy(case.segmentation.astype("int16"))[None]
+    cases = [WholeCase("first", fill_absent(images, ALTERNATING[0]), labels, [0]),
+             WholeCase("second", fill_absent(images.roll(3, -1), ALTERNATING[1]), labels.roll(3, -1), [1])]
+    method = make(small, cases=cases, align_atlases=align)
+    method.on_start()
+    return method.student.atlases.labels
+
+
+def test_atlases_are_aligned_to_the_first_one(small):
+    def overlap(labels):
+        one, other = labels > 0
+        return float(2 * (one & other).sum() / (one.sum() + other.sum()))
+    apart, together = (overlap(aligned_atlases(small, (24, 32, 24), align)) for align in (False, True))
+    assert apart < 0.8 < 0.9 < together
+
+
+def test_an_atlas_that_cannot_be_aligned_is_named(small):
+    with pytest.raises(UserError, match="second cannot be aligned to first .*align_atlases"):
+        aligned_atlases(small, (2, 32, 24), True)
