@@ -68,15 +68,32 @@ def test_rectified_pseudo_supervision():
     assert abs(float(cosine) - float(reference["cosine_loss"])) < 1e-9
 
 
+def direct_local_ncc(image, other, window, epsilon=1e-5):
+    """From sums over windows of the images, their squares and their product, with no mean taken off first."""
+    ones = torch.ones(1, 1, *[window] * (image.ndim - 2), dtype=image.dtype)
+
+    def summed(values):
+        return torch.nn.functional.conv3d(values, ones, padding=window // 2)
+    first, second, voxels = summed(image), summed(other), float(ones.numel())
+    of_first, of_second = first / voxels, second / voxels
+    cross = summed(image * other) - of_second * first - of_first * second + of_first * of_second * voxels
+    variances = [summed(values * values) - 2 * mean * total + mean * mean * voxels
+                 for values, mean, total in ((image, of_first, first), (other, of_second, second))]
+    return cross * cross / (variances[0] * variances[1] + epsilon)
+
+
 def test_local_ncc():
     reference = reference_values("registration")
     image, other, expected = (torch.tensor(reference[key]) for key in ("image", "reference", "local_ncc_map"))
     window = int(reference["window"])
     found = local_ncc_map(image, other, window)
     assert found.dtype == expected.dtype == torch.float32
-    # The reference is itself in single precision, 9.3e-6 from the same equation in double precision.
+    # The reference is the direct form in single precision, 9.3e-6 from the same form in double precision.
+    assert (direct_local_ncc(image, other, window) - expected).abs().max() < 1e-6
+    exact = direct_local_ncc(image.double(), other.double(), window)
+    assert (found - exact).abs().max() < 1e-6
+    assert (local_ncc_map(image.double(), other.double(), window) - exact).abs().max() < 1e-9
     assert (found - expected).abs().max() < 1e-5
-    assert (found - local_ncc_map(image.double(), other.double(), window)).abs().max() < 1e-6
     assert abs(float(local_ncc_loss(image, other, window)) - (1 - float(expected.double().mean()))) < 1e-6
 
 
