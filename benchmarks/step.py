@@ -18,7 +18,6 @@ from phantom_plans import phantom, random_batch, ready
 from torch import nn
 from variants import STOCK, VARIANTS
 
-from nnunetv2_semi.networks.stage_checkpoints import encoder_decoders
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
 
@@ -51,6 +50,11 @@ class Passes:
 
     def _backward(self, gradient: torch.Tensor) -> None:
         self.backward += len(gradient) / self.batch_size
+
+
+def encoder_decoders(module: nn.Module) -> list[nn.Module]:
+    """The networks in ``module`` that have an encoder and a decoder, as nnU-Net's have."""
+    return [network for network in module.modules() if hasattr(network, "encoder") and hasattr(network, "decoder")]
 
 
 def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:

@@ -84,7 +84,8 @@ def whole_training_cases(trainer: nnUNetTrainer, modalities: Mapping[str, Sequen
     for name in names:
         image, segmentation = (np.asarray(array[:]) for array in dataset.load_case(name)[:2])
         if len(patch) == 2:
-            fullest = int((segmentation > 0).sum((0, 2, 3)).argmax())
+            foreground = (segmentation > 0) & (segmentation != labels.ignore_label)
+            fullest = int(foreground.sum((0, 2, 3)).argmax())
             image, segmentation = image[:, fullest], segmentation[:, fullest]
         box = [[(size - wanted) // 2, (size - wanted) // 2 + wanted]
                for size, wanted in zip(image.shape[1:], patch, strict=True)]

@@ -44,13 +44,14 @@ def affine_transform(moving: np.ndarray, fixed: np.ndarray, spacing: Sequence[fl
 def resampled(patch: np.ndarray, transform: sitk.Transform, spacing: Sequence[float], *, nearest: bool) -> np.ndarray:
     """``patch`` (C, *spatial) where ``transform`` takes its own grid's points, in its own data type.
 
-    nearest: no interpolation, for labels. Where the map leads out of the image, each channel has its lowest value.
+    nearest: no interpolation, for labels. Where the map leads out of the image, labels are 0 and other channels have
+    their lowest value.
     """
     interpolator = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
     channels = []
     for channel in patch:
         image = _image(channel, spacing)
-        moved = sitk.Resample(image, image, transform, interpolator, float(channel.min()))
+        moved = sitk.Resample(image, image, transform, interpolator, 0.0 if nearest else float(channel.min()))
         channels.append(sitk.GetArrayFromImage(moved).astype(patch.dtype))
     return np.stack(channels)
 

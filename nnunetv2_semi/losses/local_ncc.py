@@ -16,6 +16,8 @@ import torch
 
 from nnunetv2_semi.losses.predictions import single_precision
 
+_ROUNDING = 100  # units in the last place of a sum over a window
+
 
 def local_ncc_map(image: torch.Tensor, reference: torch.Tensor, window: int = 9, epsilon: float = 1e-5) -> torch.Tensor:
     """NCC^2 around every voxel, (B, C, *spatial), from 0 to 1; float32 (or float64).
@@ -37,11 +39,15 @@ def local_ncc_map(image: torch.Tensor, reference: torch.Tensor, window: int = 9,
 
         def summed(values: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
             return torch.addcmul(_WindowSum.apply(values, window), around, outside)
+        def variance(values: torch.Tensor, around: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+            squares = summed(values.square(), around.square())
+            spread = squares - total.square() / voxels
+            # Of a window that is constant, far from the mean, rounding alone is left: nothing to correlate.
+            return torch.where(spread > _ROUNDING * torch.finfo(spread.dtype).eps * squares, spread, 0.0)
         of_first, of_second = summed(first, around_first), summed(second, around_second)
         covariance = summed(first * second, around_first * around_second) - of_first * of_second / voxels
-        variances = [(summed(values.square(), around.square()) - total.square() / voxels).clamp_min(0)  # rounding
-                     for values, around, total in ((first, around_first, of_first), (second, around_second, of_second))]
-        return covariance.square() / (variances[0] * variances[1] + epsilon)
+        of_both = variance(first, around_first, of_first) * variance(second, around_second, of_second)
+        return torch.where(of_both > 0, covariance.square() / (of_both + epsilon), 0.0)
 
 
 def local_ncc_loss(image: torch.Tensor, reference: torch.Tensor, window: int = 9) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import ClassVar, Literal
 
 import torch
@@ -81,11 +82,13 @@ class MASSSettings(BaseSettings):
 
 @dataclass(frozen=True)
 class _Warped:
-    """An atlas of each target's, warped onto it: image (B, C, *spatial), one-hot labels (B, K, *spatial), displacement
-    (B, axes, *spatial) in voxels, pyramid of the atlas as it was."""
+    """An atlas of each target's, warped onto it: image (B, C, *spatial), one-hot labels (B, K, *spatial), how far they
+    are known (B, 1, *spatial) from 0 to 1, displacement (B, axes, *spatial) in voxels, pyramid of the atlas as it was.
+    """
 
     image: torch.Tensor
     labels: torch.Tensor
+    known: torch.Tensor
     displacement: torch.Tensor
     pyramid: Pyramid
 
@@ -146,13 +149,14 @@ class MASS(Method):
     def _choose_atlases(self) -> None:
         """Take labelled training cases as atlases, the same ones on every process."""
         names = list(self.context.modalities)
-        by_modality: dict[int, list] = {index: [] for index in range(len(names))}
-        cases = list(self.context.training_cases())
-        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(self.settings.seed))
-        for number in order.tolist():
-            for index in cases[number].modalities:
-                if len(by_modality[index]) < self.settings.atlases_per_modality:
-                    by_modality[index].append(cases[number])
+        drawn: dict[int, list[tuple[float, WholeCase]]] = {index: [] for index in range(len(names))}
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for case in self.context.training_cases():
+            lot = float(torch.rand((), generator=generator))
+            for index in case.modalities:  # no more than are wanted are held at a time
+                drawn[index] = sorted([*drawn[index], (lot, case)], key=itemgetter(0))
+                del drawn[index][self.settings.atlases_per_modality:]
+        by_modality = {index: [case for _, case in found] for index, found in drawn.items()}
         lacking = [names[index] for index, found in by_modality.items() if not found]
         if lacking:
             raise UserError(f"No labelled training case of this fold has the modality {', '.join(lacking)}: MASS needs "
@@ -206,15 +210,17 @@ class MASS(Method):
         atlases = self.student.atlases
         images = [target, atlases.image(same), atlases.image(other)]
         pyramid, *pyramids = self.passes(self.student.encoders, *images, together=True)
-        near, far = (self._warped(pyramid, source, numbers, image)
-                     for source, numbers, image in zip(pyramids, (same, other), images[1:], strict=True))
+        both_move = settings.semantic_moves == "both"
+        near, far = (self._warped(pyramid, source, numbers, image, moves)
+                     for source, numbers, image, moves in zip(pyramids, (same, other), images[1:], (both_move, True),
+                                                              strict=True))
         similarity, difference, trust = self._similarity(near.image, target, modality)
-        reference = near.labels if settings.semantic_moves == "both" else near.labels.detach()
+        trust, known = trust * near.known, near.known * far.known
         smoothness = (displacement_smoothness(near.displacement) + displacement_smoothness(far.displacement)) / 2
         terms = [Term("ncc", 1 - similarity, self.unlabelled_weight(settings.ncc_weight)),
                  Term("mse", difference, self.unlabelled_weight(settings.mse_weight)),
                  Term("smoothness", smoothness, self.unlabelled_weight(settings.smoothness_weight)),
-                 Term("semantic", soft_dice_loss(far.labels, reference, regions),
+                 Term("semantic", soft_dice_loss(far.labels * known, near.labels * known, regions),
                       self.unlabelled_weight(settings.semantic_weight))]
         if self.tokens is not None:
             terms.append(Term("contrast", self._contrast(pyramid, far),
@@ -225,7 +231,7 @@ class MASS(Method):
                           + soft_dice_loss(probability * trust, pseudo * trust, regions),
                           self.unlabelled_weight(settings.pseudo_weight, settings.ramp_fraction)))
         self.note_agreement(pseudo, probability)
-        self.metrics["folding"] = folded_share(near.displacement.detach())
+        self.metrics["folding"] = folded_share(near.displacement[:1].detach())  # of one patch: it is for the log
         return terms
 
     def _drawn_atlases(self, modality: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -239,10 +245,14 @@ class MASS(Method):
         return ([drawn([n for n in numbers if own[n] == index]) for index in modality],
                 [drawn([n for n in numbers if own[n] != index]) for index in modality])
 
-    def _warped(self, target: Pyramid, atlas: Pyramid, numbers: Sequence[int], image: torch.Tensor) -> _Warped:
+    def _warped(self, target: Pyramid, atlas: Pyramid, numbers: Sequence[int], image: torch.Tensor,
+                moves: bool) -> _Warped:
+        """moves: whether the labels have a gradient to the displacement."""
         displacement = self.student.displacement(target, atlas, image.shape[2:])
-        labels = self.student.atlases.one_hot(numbers)
-        return _Warped(warp(image, displacement), warp(labels, displacement), displacement, atlas)
+        atlases = self.student.atlases
+        labels = warp(atlases.one_hot(numbers), displacement if moves else displacement.detach())
+        known = warp(atlases.known(numbers), displacement.detach())
+        return _Warped(warp(image, displacement), labels, known, displacement, atlas)
 
     def _similarity(self, warped: torch.Tensor, target: torch.Tensor,
                     modality: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -94,25 +94,28 @@ class AtlasNetwork(nn.Module):
     def atlas_probability(self, image: torch.Tensor, pyramid: Pyramid, modality: int) -> torch.Tensor:
         """The labels of the modality's atlases, warped to ``image`` and fused: (B, K, *spatial).
 
-        Each atlas counts with exp(local NCC) at each voxel, a softmax over the atlases.
+        Each atlas counts with exp(local NCC) at each voxel, a softmax over the atlases whose label is known there; the
+        segmentation head decides where none is.
         """
         channels = list(self.encoders.channels.values())[modality]
         total: torch.Tensor | float = 0.0
         weights: torch.Tensor | float = 0.0
         for number in self.atlases.of_modality(modality):
             source, labels = self.atlases.image([number]), self.atlases.one_hot([number])
+            known = self.atlases.known([number])
             for _ in range(1 + self.refine):
                 moving = self.encoders(source)  # of one image, until it is warped to each of the batch
                 moving = moving[0], [features.expand(len(image), *features.shape[1:]) for features in moving[1]]
                 displacement = self.displacement(pyramid, moving, image.shape[2:])
-                source, labels = (warp(whole.expand(len(image), *whole.shape[1:]), displacement)
-                                  for whole in (source, labels))
+                source, labels, known = (warp(whole.expand(len(image), *whole.shape[1:]), displacement)
+                                         for whole in (source, labels, known))
                 source = self.only(source, modality)
             similarity = local_ncc_map(source[:, channels], image[:, channels]).mean(1, keepdim=True).exp()
-            total, weights = total + similarity * labels, weights + similarity
-        if not isinstance(total, torch.Tensor):
+            total, weights = total + similarity * labels, weights + similarity * known
+        if not isinstance(total, torch.Tensor) or not isinstance(weights, torch.Tensor):
             raise RuntimeError(f"The network holds no atlas of modality {self.encoders.names[modality]}.")
-        return total / weights
+        head = probabilities(pyramid[0], self.atlases.regions)
+        return torch.where(weights > _EPS, total / weights.clamp_min(_EPS), head)
 
 
 class Predicting(nn.Module):

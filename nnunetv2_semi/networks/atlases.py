@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+_LARGEST_IN_HALF = 2048
 _UNKNOWN = 255  # of a label, where the image is not annotated
 
 
@@ -45,7 +45,9 @@ class Atlases(nn.Module):
         else:
             kept = labels.clamp_min(0).to(torch.uint8)
             unknown = labels == ignore_label if ignore_label is not None else None
-        self.images = torch.stack(list(images)).to(device, torch.float16)
+        stacked = torch.stack(list(images)).to(device)
+        # half precision has 11 bits; intensities that were not normalised may need more
+        self.images = stacked.half() if stacked.abs().max() <= _LARGEST_IN_HALF else stacked.float()
         self.labels = (kept if unknown is None else kept.masked_fill(unknown, _UNKNOWN)).to(device)
         self.modality = torch.tensor(list(modality), device=device)
 
@@ -62,8 +64,12 @@ class Atlases(nn.Module):
         labels = self.labels[list(numbers)]
         if self.regions:
             return (labels == 1).float()
-        classes = torch.where(labels == _UNKNOWN, self.num_heads, labels)[:, 0].long()
-        return F.one_hot(classes, self.num_heads + 1).movedim(-1, 1)[:, : self.num_heads].float()
+        classes = torch.arange(self.num_heads, dtype=labels.dtype, device=labels.device)
+        return (labels == classes.view(1, -1, *[1] * (labels.ndim - 2))).float()
+
+    def known(self, numbers: Sequence[int]) -> torch.Tensor:
+        """1 where the labels are known, else 0: (len(numbers), 1, *spatial), float32."""
+        return (self.labels[list(numbers)] != _UNKNOWN).all(1, keepdim=True).float()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         for name, buffer in list(self.named_buffers(recurse=False)):

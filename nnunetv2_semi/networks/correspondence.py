@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnunetv2_semi.losses.predictions import single_precision
 from nnunetv2_semi.networks.cost_volume import cost_volume
 from nnunetv2_semi.networks.warp import resize_displacement, warp
 
@@ -61,12 +62,17 @@ class CorrespondenceHead(nn.Module):
             fixed, moved = _directions(fixed), _directions(warp(moving, displacement))
             # a cosine: the volume holds means over channels
             costs = cost_volume(fixed, moved, self.radius) * fixed.shape[1]
-            likely = (costs.float() / self.temperature).softmax(1)
-            displacement = displacement + torch.einsum("bk...,kn->bn...", likely, self.shifts)
+            likely = (costs / self.temperature).softmax(1)
+            with torch.autocast(likely.device.type, enabled=False):
+                displacement = displacement + torch.einsum("bk...,kn->bn...", likely, self.shifts)
             displacement = displacement + estimator(torch.cat([costs, fixed, displacement], 1)).float()
         return resize_displacement(displacement, size)
 
 
 def _directions(features: torch.Tensor) -> torch.Tensor:
-    """Unit vectors over channels, of features less their mean: what all voxels share tells none from another."""
+    """Unit vectors over channels, of features less their mean: what all voxels share tells none from another.
+
+    Float32 (or float64): in half precision a vector of zeros would have no direction at all, nan.
+    """
+    features = single_precision(features)
     return F.normalize(features - features.mean(tuple(range(2, features.ndim)), keepdim=True), dim=1)

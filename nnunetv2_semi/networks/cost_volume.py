@@ -30,6 +30,7 @@ _BYTES_PER_THREAD = 2**22  # handled at once, which stay in the cache
 _BYTES_ON_GPU = 2**28  # where the number of launches counts
 
 
+@torch.compiler.disable  # its backward pass is written by hand: there is nothing to gain, and much to trace
 def cost_volume(target: torch.Tensor, source: torch.Tensor, radius: int = 2) -> torch.Tensor:
     """Mean over channels of target(x) * source(x + k), (B, (2 radius + 1)^n, *spatial); the source is 0 outside.
 

@@ -92,6 +92,16 @@ def test_a_constant_background_beside_a_structure_stays_in_range():
     assert 0 <= found.min() and found.max() <= 1 + 1e-4 and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("level", [10.0, 100.0, 1000.0])
+def test_a_constant_block_far_from_the_mean_has_no_correlation_made_of_rounding(level):
+    images = torch.randn(2, 1, 1, 16, 24, 24)
+    images[0][..., 2:14, 2:14, 2:14] = level
+    images[1][..., 3:15, 4:20, 4:20] = level
+    found = local_ncc_map(*images)
+    assert found.min() >= 0 and found.max() < 1.01
+    assert (found - local_ncc_map(*images.double())).abs().mean() < 0.02
+
+
 def test_half_precision_is_computed_in_single_precision():
     image, reference = (each.half() for each in pair(1, 1, 10, 11))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -134,6 +134,15 @@ def test_semantic_consistency_moves_the_other_modality_or_both(small, moves, sam
     assert other and same is same_too
 
 
+def test_where_the_label_of_an_atlas_is_unknown_nothing_is_taught(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    method.student.atlases.labels[:] = 255
+    terms = terms_of(method, batch)
+    (terms["pseudo"].value + terms["semantic"].value).backward()
+    assert all(p.grad is None or not p.grad.any() for p in method.parameters())
+
+
 def test_pseudo_labels_teach_the_segmentation_alone(small):
     batch = unpaired(small)
     method = started(small, batch)

@@ -93,3 +93,19 @@ def test_weights_and_atlases_load_into_a_new_network():
     other.load_state_dict(network.state_dict())
     image = of_modality(0)
     assert torch.equal(other.predicted(image, "both"), network.predicted(image, "both"))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_unknown_labels_of_an_atlas_do_not_vote(regions):
+    """Where no atlas knows the label, the segmentation head decides."""
+    network, image = make(regions), of_modality(1, 1)
+    network.atlases.labels[2] = 255
+    atlas, head = (network.predicted(image, how) for how in ("atlas", "segmentation"))
+    probability = [logits.sigmoid() if regions else logits.softmax(1) for logits in (atlas, head)]
+    assert torch.allclose(*probability, atol=1e-3)
+    both = make(regions)
+    both.atlases.labels[0] = 255  # one of the two of its modality
+    other = make(regions)
+    other.atlases.modality[0] = 1
+    image = of_modality(0, 1)
+    assert torch.allclose(both.predicted(image, "atlas"), other.predicted(image, "atlas"), atol=1e-4)

@@ -35,3 +35,12 @@ def test_atlases_travel_in_the_weights_into_a_network_that_has_none():
     assert len(empty) == 3 and empty.of_modality(0) == [0, 2]
     assert torch.equal(empty.image([2, 1]), torch.stack([images[2], images[1]]))
     assert torch.equal(empty.one_hot([1]), atlases.one_hot([1]))
+
+
+def test_known_labels_and_intensities_beyond_half_precision():
+    atlases = Atlases(3, regions=False)
+    target = torch.tensor([[[0, 1], [2, 4]]], dtype=torch.int16)
+    image = torch.tensor([[[-1024.0, 70000.5], [2049.0, 3.0]]])
+    atlases.take([image], [target], [0], ignore_label=4)
+    assert atlases.known([0])[0, 0].tolist() == [[1, 1], [1, 0]]
+    assert torch.equal(atlases.image([0])[0], image)

@@ -6,6 +6,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunetv2_semi.networks.decoder_features import ProjectedFeatures
+from nnunetv2_semi.networks.modality_encoders import ModalityEncoders
 from nnunetv2_semi.networks.stage_checkpoints import checkpoint_stages
 
 
@@ -42,6 +43,11 @@ def test_same_gradients_and_weights_with_less_kept(cls):
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), name
     assert plain.state_dict().keys() == saving.state_dict().keys()
+
+
+def test_modality_encoders_and_their_decoder_too():
+    names = {"CT": [0], "MR": [1]}
+    assert checkpoint_stages(ModalityEncoders({name: network(PlainConvUNet) for name in names}, names)) == 3 + 3 + 2
 
 
 def test_a_copy_recomputes_its_own_stages():
