@@ -58,7 +58,7 @@ class MASSSettings(BaseSettings):
     registration: bool = True
     ncc_weight: float = 1.0
     mse_weight: float = 1.0
-    smoothness_weight: float = 1.0
+    smoothness_weight: float = 5.0
     semantic_weight: float = 1.0
     semantic_moves: Literal["other", "both"] = "other"
     contrast_weight: float = 1.0
@@ -68,7 +68,7 @@ class MASSSettings(BaseSettings):
     pseudo_weight: float = 1.0
     ramp_fraction: float = 1.0
     predict: Predict = "segmentation"
-    refine: bool = True
+    refine: bool = False
     skip_finest: int = 1
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predicting
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
+from nnunetv2_semi.networks.warp import warp
 
 SIZE = (8, 12)
 
@@ -53,8 +54,16 @@ def test_atlases_of_the_same_modality_alone_are_fused():
     one_hot = network.atlases.one_hot([2])
     found = network.predicted(image, "atlas").softmax(1)
     displacement = network.displacement(network.encoders(image), network.encoders(network.atlases.image([2])), SIZE)
-    from nnunetv2_semi.networks.warp import warp
     assert torch.allclose(found, warp(one_hot, displacement), atol=1e-3)
+
+
+def test_refining_registers_the_warped_atlas_once_more():
+    once, twice, image = make(), make(refine=True), of_modality(1, 1)
+    displacement = once.displacement(once.encoders(image), once.encoders(once.atlases.image([2])), SIZE)
+    once.atlases.images[2] = warp(once.atlases.image([2]), displacement)[0]
+    moved = warp(once.atlases.one_hot([2]), displacement)
+    again = once.displacement(once.encoders(image), once.encoders(once.only(once.atlases.image([2]), 1)), SIZE)
+    assert torch.allclose(twice.predicted(image, "atlas").softmax(1), warp(moved, again), atol=1e-2)
 
 
 def test_the_order_of_the_atlases_does_not_matter():
