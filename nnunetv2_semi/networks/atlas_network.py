@@ -35,7 +35,8 @@ class AtlasNetwork(nn.Module):
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], channels: Mapping[str, Sequence[int]], atlases: Atlases,
-                 dimensions: int, predict: Predict = "segmentation", refine: bool = False, skip_finest: int = 1) -> None:
+                 dimensions: int, predict: Predict = "segmentation", refine: bool = False,
+                 skip_finest: int = 1) -> None:
         super().__init__()
         self.encoders = ModalityEncoders(networks, channels)
         widths = self.encoders.widths
