@@ -17,7 +17,7 @@ from nnunetv2_semi.step import TrainingStep
 SIZE = (24, 32, 24)
 NAMES = {"CT": [0], "MR": [1]}
 STEPS = 300
-WIDTHS = (8, 16, 32, 32)  # of the network's stages
+WIDTHS = (16, 32, 32, 32)  # of the network's stages
 LARGEST = 4.0  # voxels
 
 
