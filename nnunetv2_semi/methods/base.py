@@ -146,6 +146,14 @@ class Method(nn.Module):
                                                         num_output_channels, deep_supervision)
 
     @classmethod
+    def build_for_each_modality(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
+                                num_output_channels: int, deep_supervision: bool) -> dict[str, nn.Module]:
+        """nnU-Net's network for the channels of each modality alone, by name, in the order of the plans."""
+        modalities: dict[str, list[int]] = configuration_manager.configuration["semi"]["modalities"]
+        return {name: Method.build_student(plans_manager, configuration_manager, len(channels), num_output_channels,
+                                           deep_supervision) for name, channels in modalities.items()}
+
+    @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
         """Network graphs that the one-pass arrangement holds in memory at once (a plain nnU-Net step holds 1)."""
         return 2 if cls.uses_unlabelled else 1

@@ -76,8 +76,7 @@ class MASSSettings(BaseSettings):
         self.at_least(0, "ncc_weight", "mse_weight", "smoothness_weight", "semantic_weight", "contrast_weight",
                       "pseudo_weight", "skip_finest", "contrast_stage")
         self.at_least(1, "atlases_per_modality")
-        self.require("correspondence_lr", self.correspondence_lr > 0, "greater than 0")
-        self.require("contrast_temperature", self.contrast_temperature > 0, "greater than 0")
+        self.positive("correspondence_lr", "contrast_temperature")
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,10 @@ class MASS(Method):
     def build_student(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
                       num_input_channels: int, num_output_channels: int, deep_supervision: bool) -> AtlasNetwork:
         semi = configuration_manager.configuration["semi"]
-        channels: dict[str, list[int]] = semi["modalities"]
-        networks = {name: super(MASS, cls).build_student(plans_manager, configuration_manager, len(own),
-                                                         num_output_channels, deep_supervision)
-                    for name, own in channels.items()}
+        networks = cls.build_for_each_modality(plans_manager, configuration_manager, num_output_channels,
+                                               deep_supervision)
         own = semi["MASS"]
-        return AtlasNetwork(networks, channels, Atlases(num_output_channels, semi["regions"]),
+        return AtlasNetwork(networks, semi["modalities"], Atlases(num_output_channels, semi["regions"]),
                             len(configuration_manager.patch_size), own["predict"], own["refine"], own["skip_finest"])
 
     @classmethod

@@ -70,8 +70,7 @@ class RCPSSettings(BaseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("sharpening", self.sharpening > 0, "greater than 0")
-        self.require("contrast_temperature", self.contrast_temperature > 0, "greater than 0")
+        self.positive("sharpening", "contrast_temperature")
         self.at_least(1, "num_negatives", "projection_channels", "projection_resolution")
         self.at_least(0, "pseudo_weight", "contrast_weight", "buffer_steps", "view_gamma", "view_scale", "view_shift",
                       "view_noise")

@@ -79,7 +79,7 @@ class SemiCMLSettings(BaseSettings):
         super().__post_init__()
         self.fractions("prel_start", "alpha_weaker", "alpha_better", "self_relearning", "ema_decay")
         self.at_least(1, "max_slices", "prel_passes")
-        self.require("temperature", self.temperature > 0, "greater than 0")
+        self.positive("temperature")
 
 
 class SemiCML(Method):
@@ -109,11 +109,9 @@ class SemiCML(Method):
     def build_student(cls, plans_manager: PlansManager, configuration_manager: ConfigurationManager,
                       num_input_channels: int, num_output_channels: int, deep_supervision: bool) -> ModalityBranches:
         semi = configuration_manager.configuration["semi"]
-        channels: dict[str, list[int]] = semi["modalities"]
-        branches = {name: super(SemiCML, cls).build_student(plans_manager, configuration_manager, len(own),
-                                                            num_output_channels, deep_supervision)
-                    for name, own in channels.items()}
-        return ModalityBranches(branches, channels, semi["regions"])
+        branches = cls.build_for_each_modality(plans_manager, configuration_manager, num_output_channels,
+                                               deep_supervision)
+        return ModalityBranches(branches, semi["modalities"], semi["regions"])
 
     @classmethod
     def check(cls, context: Context, settings: BaseSettings) -> None:
@@ -201,6 +199,7 @@ class SemiCML(Method):
             terms.append(Term("asc", torch.stack(contrasts).mean(), self.unlabelled_weight(
                 self.settings.asc_weight, self.settings.asc_ramp_fraction), applies=applies))
         return terms
+
     @staticmethod
     def _pairs(predicted: list[torch.Tensor], present: torch.Tensor | None,
                rows: Rows) -> list[tuple[torch.Tensor, torch.Tensor]]:

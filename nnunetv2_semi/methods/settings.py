@@ -67,7 +67,7 @@ class Settings:
         self.at_least(0, "unlabelled_weight", "seed", "pictures", "snapshots", "rotation")
         self.fractions("drop_modality")
         self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
-        self.require("initial_lr", self.initial_lr > 0, "greater than 0")
+        self.positive("initial_lr")
 
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raise UserError saying that setting ``name`` must be ``expected``, unless ``holds``."""
@@ -78,6 +78,11 @@ class Settings:
         """Raise UserError unless each of the settings ``names`` is ``lowest`` or more, or None."""
         for name in names:
             self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
+
+    def positive(self, *names: str) -> None:
+        """Raise UserError unless each of the settings ``names`` is greater than 0."""
+        for name in names:
+            self.require(name, getattr(self, name) > 0, "greater than 0")
 
     def fractions(self, *names: str) -> None:
         """Raise UserError unless each of the settings ``names`` is between 0 and 1."""
