@@ -62,7 +62,9 @@ def _modality_counts(channels: Mapping[str, Sequence[int]], modalities: Mapping[
     """Such as "CT 5, MR 5, CT+MR 0": how many cases have which modalities and no others."""
     counts = Counter(_modality_names(present, modalities) for present in channels.values())
     singles = [(name,) for name in modalities] if len(modalities) == 2 else []
-    places = {written: place for place, name in enumerate(modalities) for written in (name, name + _IN_PART)}
+    # a place of its own for each, since the order of a set is another one in every run
+    written = [*modalities, *(name + _IN_PART for name in modalities)]
+    places = {name: place for place, name in enumerate(written)}
     order = sorted({*singles, *counts, tuple(modalities)}, key=lambda names: (len(names), [places[n] for n in names]))
     return ", ".join(f"{'+'.join(names) or 'none'} {counts[names]}" for names in order)
 
