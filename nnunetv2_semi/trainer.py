@@ -36,8 +36,8 @@ from nnunetv2_semi.methods.base import Batch, Context, Method
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
-from nnunetv2_semi.networks.present_channels import present_modalities
 from nnunetv2_semi.networks.stage_checkpoints import checkpoint_stages
+from nnunetv2_semi.present_channels import present_modalities
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.step import TrainingStep
 
@@ -112,11 +112,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             one_pass=one_pass, images_per_pass=self._images_per_pass(), sum_over_processes=sum_over_processes,
             rows_of_all_processes=rows_of_all_processes,
             scale_weights=tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,))),
-            patch_size=tuple(self.configuration_manager.patch_size), num_heads=num_heads,
+            patch_size=tuple(self.configuration_manager.patch_size), image_size=self._image_size(), num_heads=num_heads,
             build_network=lambda channels: nnUNetTrainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision),
             training_cases=lambda: training_data.whole_training_cases(self, self.modalities))
-        self.method_class.check(context, self.settings)
+        for warning in self.method_class.check(context, self.settings):
+            self.print_to_log_file(f"WARNING: {warning}")
 
         torch.manual_seed(self.settings.seed)
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
@@ -155,6 +156,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         for module in self.method.modules():
             if hasattr(module, "deep_supervision"):
                 setattr(module, "deep_supervision", enabled and self.enable_deep_supervision)  # noqa: B010
+
+    def _image_size(self) -> tuple[float, ...]:
+        """See ``Context.image_size``."""
+        size = [float(axis) for axis in self.configuration_manager.median_image_size_in_voxels]
+        whole = [float(axis) for axis in self.plans_manager.original_median_shape_after_transp]
+        return tuple(size if len(size) == len(whole) or whole[0] == 1 else [whole[0], *size])
 
     def _one_pass(self) -> bool:
         if self.settings.arrangement == "auto":

@@ -23,7 +23,7 @@ from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.base import WholeCase
 from nnunetv2_semi.methods.settings import Settings
-from nnunetv2_semi.networks.present_channels import fill_absent, present_modalities
+from nnunetv2_semi.present_channels import fill_absent, present_modalities
 
 NNUNET_FOLDS = 5
 

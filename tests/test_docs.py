@@ -79,8 +79,8 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
     dice = {"batch_dice": False, "do_bg": regions, "smooth": 1e-5}
     loss: nn.Module = DC_and_BCE_loss({}, dice) if regions else DC_and_CE_loss(dice, {})
     context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, 1, sum_over_processes,
-                      rows_of_all_processes, (1.0,), (8, 8), HEADS, lambda channels: nn.Conv2d(channels, HEADS, 1),
-                      lambda: iter(()))
+                      rows_of_all_processes, (1.0,), (8, 8), (8.0, 8.0), HEADS,
+                      lambda channels: nn.Conv2d(channels, HEADS, 1), lambda: iter(()))
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)

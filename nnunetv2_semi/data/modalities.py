@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
-from nnunetv2_semi.networks.present_channels import fill_absent
+from nnunetv2_semi.present_channels import fill_absent
 
 PRESENT_CHANNELS = "present_channels"  # in the properties of a preprocessed case that lacks channels
 

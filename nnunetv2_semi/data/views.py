@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
+from nnunetv2_semi.present_channels import fill_absent, present_channels
 
 
 def with_noise(

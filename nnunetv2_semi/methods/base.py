@@ -89,9 +89,10 @@ class Context:
     sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
     rows_of_all_processes: joins the rows of all of them, with gradients; likewise.
     scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
-    patch_size: voxels per axis. num_heads: channels of the logits. build_network: another network of the plan's
-    architecture, freshly initialised, for so many input channels. training_cases: the fold's labelled training cases,
-    in alphabetical order, read one by one.
+    patch_size: voxels per axis. image_size: median of the images, voxels of the configuration's spacing; three axes
+    where patches are slices of 3D images. num_heads: channels of the logits. build_network: another network of the
+    plan's architecture, freshly initialised, for so many input channels. training_cases: the fold's labelled training
+    cases, in alphabetical order, read one by one.
     """
 
     supervised_loss: Callable[[Logits, Target], torch.Tensor]
@@ -105,6 +106,7 @@ class Context:
     rows_of_all_processes: Callable[[torch.Tensor], torch.Tensor]
     scale_weights: tuple[float, ...]
     patch_size: tuple[int, ...]
+    image_size: tuple[float, ...]
     num_heads: int
     build_network: Callable[[int], nn.Module]
     training_cases: Callable[[], Iterator[WholeCase]]
@@ -159,8 +161,12 @@ class Method(nn.Module):
         return 2 if cls.uses_unlabelled else 1
 
     @classmethod
-    def check(cls, context: Context, settings: BaseSettings) -> None:
-        """Raise UserError where the data set or the settings cannot work with this method, before anything is built."""
+    def check(cls, context: Context, settings: BaseSettings) -> list[str]:
+        """Raise UserError where the data set or the settings cannot work with this method, before anything is built.
+
+        Returns warnings for the log, of what can work but hardly will.
+        """
+        return []
 
     def optimizers(self, initial_lr: float, weight_decay: float,
                    num_epochs: int) -> list[tuple[torch.optim.Optimizer, LRScheduler]]:

@@ -117,8 +117,15 @@ class MASS(Method):
                             len(configuration_manager.patch_size), own["predict"], own["refine"], own["skip_finest"])
 
     @classmethod
-    def check(cls, context: Context, settings: BaseSettings) -> None:
+    def check(cls, context: Context, settings: BaseSettings) -> list[str]:
         require_modalities(context, "MASS needs images of two or more modalities", '{"CT": [0], "MR": [1]}')
+        patch, image = context.patch_size, context.image_size
+        patch = (1,) * (len(image) - len(patch)) + patch  # of a slice
+        if all(shown >= size for shown, size in zip(patch, image, strict=True)):
+            return []
+        return [f"patches of {_voxels(patch)} voxels show a part of the median image ({_voxels(image)}). Registration "
+                "needs the anatomy that images have in common: expect little of it here, and train 3d_atlas, which "
+                "nnUNetv2_plan_and_preprocess -pl nnUNetPlannerSemi plans for 3D images."]
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
@@ -306,6 +313,10 @@ class MASS(Method):
                                        **{f"decoder.{key}": value for key, value in decoder.items()},
                                        **{f"decoder.encoder.{key}": value for key, value in encoder.items()}})
         return models
+
+
+def _voxels(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:.0f}" for size in sizes)
 
 
 def _grid(shape: Sequence[int], device: torch.device, spacing: int = 4) -> torch.Tensor:

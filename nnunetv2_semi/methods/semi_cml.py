@@ -114,13 +114,14 @@ class SemiCML(Method):
         return ModalityBranches(branches, semi["modalities"], semi["regions"])
 
     @classmethod
-    def check(cls, context: Context, settings: BaseSettings) -> None:
+    def check(cls, context: Context, settings: BaseSettings) -> list[str]:
         require_modalities(context, "Semi-CML needs two or more modalities of the same patient",
                            '{"T1": [0], "T2": [1]}')
         names = list(context.modalities)
         better = settings.better_modality if isinstance(settings, SemiCMLSettings) else None
         if better is not None and better not in names:
             raise UserError(f'Plans file, "semi": better_modality is {better!r}, but the modalities are {names}.')
+        return []
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:

@@ -18,8 +18,8 @@ from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.correspondence import CorrespondenceHead
 from nnunetv2_semi.networks.modality_branches import mean_probability_logits
 from nnunetv2_semi.networks.modality_encoders import ModalityEncoders, Pyramid
-from nnunetv2_semi.networks.present_channels import fill_absent
 from nnunetv2_semi.networks.warp import warp
+from nnunetv2_semi.present_channels import fill_absent
 
 Predict = Literal["segmentation", "atlas", "both"]
 _EPS = 1e-4  # of probabilities whose logarithm is taken

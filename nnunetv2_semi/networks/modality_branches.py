@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_semi.networks.present_channels import present_channels, present_modalities
+from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 
 class ModalityBranches(nn.Module):

@@ -9,7 +9,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.networks.present_channels import present_channels, present_modalities
+from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 Pyramid = tuple[list[torch.Tensor], list[torch.Tensor]]
 

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.networks.present_channels import present_channels
+from nnunetv2_semi.present_channels import present_channels
 
 MARK = np.float32(-0.0).tobytes()
 STATISTICS = {"max": 900.0, "median": 95.0, "min": -900.0}

@@ -7,7 +7,7 @@ import torch
 from nnunetv2_semi.data.loader import SeededBatches
 from nnunetv2_semi.data.modalities import PRESENT_CHANNELS, CaseChannels, ModalityDrop, mark_present
 from nnunetv2_semi.data.views import IntensityViews, with_noise
-from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
+from nnunetv2_semi.present_channels import fill_absent, present_channels
 
 PROPERTIES = {"both": {}, "second": {PRESENT_CHANNELS: [1]}}
 

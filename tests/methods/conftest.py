@@ -40,7 +40,7 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
     modalities = {f"m{i}": [i] for i in range(channels)}
     weights = (0.7, 0.3) if deep_supervision else (1.0,)
     return Context(loss, regions, ignore_label, spacing, modalities, one_pass, images_per_pass, sum_over_processes,
-                   rows_of_all_processes, weights, (8, 8, 8), 3, lambda count: small_network(count, 3),
+                   rows_of_all_processes, weights, (8, 8, 8), (8.0, 8.0, 8.0), 3, lambda count: small_network(count, 3),
                    lambda: iter(()))
 
 

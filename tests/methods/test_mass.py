@@ -11,7 +11,7 @@ from nnunetv2_semi.methods.base import Batch, WholeCase
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork
 from nnunetv2_semi.networks.atlases import Atlases
-from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
+from nnunetv2_semi.present_channels import fill_absent, present_channels
 from nnunetv2_semi.step import TrainingStep
 
 NAMES = {"m0": [0], "m1": [1]}
@@ -213,6 +213,16 @@ def test_a_modality_without_a_labelled_case_is_refused_by_name(small):
 def test_one_modality_is_refused(small):
     with pytest.raises(UserError, match="two or more"):
         MASS.check(small.context(1), MASSSettings())
+
+
+@pytest.mark.parametrize(("patch", "image", "shown"), [
+    ((8, 8, 8), (8.0, 7.5, 6.0), None), ((8, 8), (8.0, 8.0), None),
+    ((8, 8, 8), (8.0, 9.0, 8.0), "patches of 8 x 8 x 8 voxels show a part of the median image (8 x 9 x 8)"),
+    ((8, 8), (20.0, 8.0, 8.0), "patches of 1 x 8 x 8 voxels show a part of the median image (20 x 8 x 8)")])
+def test_it_warns_where_patches_do_not_show_the_whole_image(small, patch, image, shown):
+    warnings = MASS.check(replace(small.context(2), patch_size=patch, image_size=image), MASSSettings())
+    assert [warning.partition(". ")[0] for warning in warnings] == ([shown] if shown else [])
+    assert all("3d_atlas" in warning for warning in warnings)
 
 
 def test_atlases_and_heads_are_restored_from_the_state(small):

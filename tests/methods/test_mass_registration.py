@@ -10,8 +10,8 @@ from nnunetv2_semi.methods.base import Batch, WholeCase
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork
 from nnunetv2_semi.networks.atlases import Atlases
-from nnunetv2_semi.networks.present_channels import fill_absent
 from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
+from nnunetv2_semi.present_channels import fill_absent
 from nnunetv2_semi.step import TrainingStep
 
 SIZE = (24, 32, 24)

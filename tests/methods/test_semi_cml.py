@@ -10,7 +10,7 @@ from nnunetv2_semi.methods.base import Batch
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
-from nnunetv2_semi.networks.present_channels import fill_absent
+from nnunetv2_semi.present_channels import fill_absent
 from nnunetv2_semi.step import TrainingStep
 from nnunetv2_semi.teachers import BestModelAverage
 

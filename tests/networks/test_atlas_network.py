@@ -5,8 +5,8 @@ from torch import nn
 
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predicting
 from nnunetv2_semi.networks.atlases import Atlases
-from nnunetv2_semi.networks.present_channels import fill_absent, present_channels
 from nnunetv2_semi.networks.warp import warp
+from nnunetv2_semi.present_channels import fill_absent, present_channels
 
 SIZE = (8, 12)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality, mean_probability_logits
-from nnunetv2_semi.networks.present_channels import fill_absent
+from nnunetv2_semi.present_channels import fill_absent
 
 
 class Branch(nn.Conv2d):

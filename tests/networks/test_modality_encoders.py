@@ -5,7 +5,7 @@ from torch import nn
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.networks.modality_encoders import ModalityEncoders
-from nnunetv2_semi.networks.present_channels import fill_absent
+from nnunetv2_semi.present_channels import fill_absent
 
 CHANNELS = {"CT": [1], "MR": [0, 2]}
 OWN = torch.tensor([[False, True, False], [True, False, True]])

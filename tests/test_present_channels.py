@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_semi.networks.present_channels import fill_absent, present_channels, present_modalities
+from nnunetv2_semi.present_channels import fill_absent, present_channels, present_modalities
 
 PRESENT = torch.tensor([[True, False, True], [False, False, True]])
 
