@@ -90,7 +90,8 @@ def _draw_curves(curves: Mapping[str, list[float]], width: int) -> Image.Image:
         else:
             groups["steps" if name == "skipped_steps" else "share (0 to 1)"][name] = values
     shown = {title: lines for title, lines in groups.items() if lines}
-    figure, axes = plt.subplots(len(shown), 1, figsize=(width / 100, 10 * len(shown)), dpi=100, squeeze=False)
+    dpi = plt.rcParams["figure.dpi"]  # nnU-Net's picture has it too
+    figure, axes = plt.subplots(len(shown), 1, figsize=(width / dpi, 10 * len(shown)), dpi=dpi, squeeze=False)
     for axis, (title, lines) in zip(axes[:, 0], shown.items(), strict=True):
         for name, values in lines.items():
             axis.plot(range(len(values)), values, linewidth=4, label=name, marker="o" if len(values) == 1 else None)

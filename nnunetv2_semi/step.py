@@ -57,7 +57,7 @@ class TrainingStep:
         """Accumulate the gradients of all terms; whether no unlabelled one had to be left out."""
         groups, seen, joined, complete = self.method.loss(batch), [], [], True
         while True:
-            with self._autocast():
+            with self.autocast():
                 group = next(groups, None)
             if group is None:
                 break
@@ -80,8 +80,8 @@ class TrainingStep:
         values = [term.value.detach().float() for term in terms]
         return all_agree(not values or bool(torch.isfinite(torch.stack(values)).all()), self.device)
 
-    def _autocast(self) -> AbstractContextManager:
-        # as nnU-Net: mixed precision on CUDA only
+    def autocast(self) -> AbstractContextManager:
+        """As nnU-Net: mixed precision on CUDA only."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def _backward(self, losses: list[torch.Tensor]) -> None:

@@ -31,7 +31,7 @@ from nnunetv2_semi.distributed import (
 )
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
-from nnunetv2_semi.losses.predictions import dice_from_counts
+from nnunetv2_semi.losses.predictions import Logits, dice_from_counts
 from nnunetv2_semi.methods.base import Batch, Context, Method
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
@@ -317,15 +317,17 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's validation step with the deployed network, and with each part by itself."""
-        outputs = {}
+        found: dict = {}
         present = self._present_modalities(batch["labelled"])
-        for name, part in self.method.parts().items():
-            rows = Rows.where(self.method.part_applies(name, present))
-            with self._validating(part):
+        with self.step.autocast():
+            predictions = self.method.predictions(batch["labelled"]["data"].to(self.device, non_blocking=True))
+        for name, logits in predictions.items():
+            deployed = name == "prediction"
+            rows = Rows() if deployed else Rows.where(self.method.part_applies(name, present))
+            with self._validating(_Predicted(rows.of(logits))):
                 counts = super().validation_step(_rows_with_own_target(batch["labelled"], rows))
-            outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS})
-        with self._validating(self.method.deployable()):
-            return {**super().validation_step(batch["labelled"]), **outputs}
+            found |= counts if deployed else {f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS}
+        return found
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
@@ -418,6 +420,17 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._restored = True
+
+
+class _Predicted(nn.Module):
+    """Gives logits that were predicted before."""
+
+    def __init__(self, logits: Logits) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, image: torch.Tensor) -> Logits:
+        return self.logits
 
 
 def _rows_with_own_target(batch: dict, rows: Rows) -> dict:

@@ -17,6 +17,7 @@ os.environ.setdefault("nnUNet_def_n_proc", "2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep instead of keeping others from the cores
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("MATPLOTLIBRC", str(Path(__file__).parent / "matplotlibrc"))
 os.environ["TQDM_DISABLE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent

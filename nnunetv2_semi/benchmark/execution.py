@@ -107,7 +107,7 @@ def _predict(job: Job, device: str, while_running: Callable[[], None], cores: Se
                model.dataset, "-c", job.study.configuration, "-f", str(job.fold), "-tr", job.entry.trainer, "-p",
                model.plans, "-chk", FINAL, "-device", device.split(":")[0]]
     command += [] if job.study.test_time_mirroring else ["--disable_tta"]
-    command += ["-npp", "1", "-nps", "1"] if device == "cpu" else []
+    command += ["-npp", "0", "-nps", "0"] if device == "cpu" else []
     run_watched(command, job.folder / "prediction.log", environment(device, cores), while_running, cores)
     missing = [case for case in cases if not (job.predictions / case).is_file()]
     if missing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -288,18 +288,21 @@ class MASS(Method):
     # deployment
 
     def parts(self) -> dict[str, nn.Module]:
-        return {how: Predicting(self.student, how) for how in ("segmentation", "atlas", "both")
-                if how != self.settings.predict}
+        return {how: Predicting(self.student, how) for how in get_args(Predict) if how != self.settings.predict}
+
+    def predictions(self, image: torch.Tensor) -> dict[str, Logits]:
+        return {"prediction" if how == self.settings.predict else how: logits
+                for how, logits in self.student.predictions(image).items()}
 
     def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
-        """All three predictions, and a grid deformed as the first atlas is to match the patch."""
+        """All predictions, and a grid deformed as the first atlas is to match the patch."""
         network = self.student
         modality = int(network.encoders.modality(image))
         source = network.atlases.image(network.atlases.of_modality(modality)[:1])
         pyramid = network.encoders(network.only(image, modality))
         displacement = network.displacement(pyramid, network.encoders(source), image.shape[2:])
         grid = warp(_grid(image.shape[2:], image.device), displacement)[0]
-        return {how: network.predicted(image, how) for how in ("segmentation", "atlas", "both")}, {"grid": grid}
+        return dict(network.predictions(image).items()), {"grid": grid}
 
     @classmethod
     def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],

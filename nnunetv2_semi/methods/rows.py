@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import torch
 
-Patches = TypeVar("Patches", torch.Tensor, list[torch.Tensor], torch.Tensor | list[torch.Tensor])
+from nnunetv2_semi.losses.predictions import Logits
+
+Patches = TypeVar("Patches", torch.Tensor, list[torch.Tensor], torch.Tensor | list[torch.Tensor], Logits)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,6 @@ class Rows:
         """These rows of a tensor (B, ...), or of each tensor of a list."""
         if self.index is None:
             return patches
-        if isinstance(patches, list):
-            return [self.of(scale) for scale in patches]
-        return patches[self.index.to(patches.device, non_blocking=True)]
+        if isinstance(patches, torch.Tensor):
+            return patches[self.index.to(patches.device, non_blocking=True)]
+        return [self.of(scale) for scale in patches]

@@ -18,11 +18,7 @@ from torch import nn
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast, slices_as_areas
-from nnunetv2_semi.losses.predictions import (
-    foreground,
-    full_resolution,
-    probabilities,
-)
+from nnunetv2_semi.losses.predictions import Logits, foreground, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term, require_modalities, weights_under
 from nnunetv2_semi.methods.modality_scores import ModalityScores
@@ -319,6 +315,12 @@ class SemiCML(Method):
         deployed = self.deployable()
         assert isinstance(deployed, ModalityBranches)
         return {name: SingleModality(deployed, name) for name in self.names}
+
+    def predictions(self, image: torch.Tensor) -> dict[str, Logits]:
+        deployed = self.deployable()
+        assert isinstance(deployed, ModalityBranches)
+        each = deployed.each(image)
+        return {"prediction": deployed.mean(image, each), **each}
 
     def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
         return present[:, self.names.index(name)]

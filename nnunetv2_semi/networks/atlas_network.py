@@ -6,7 +6,7 @@ Source: Chen et al., MASS, Medical Image Analysis 80, 2022, 102506.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +62,25 @@ class AtlasNetwork(nn.Module):
 
     def predicted(self, image: torch.Tensor, predict: Predict) -> Logits:
         """As ``forward``, but says what is predicted."""
+        return self.predictions(image, [predict])[predict]
+
+    def predictions(self, image: torch.Tensor, wanted: Sequence[Predict] = get_args(Predict)) -> dict[Predict, Logits]:
+        """As ``predicted`` for each of ``wanted``, which share their passes."""
         present = self.encoders.present_modalities(image)
-        outputs, voting = [], []
-        for index in range(present.shape[1]):
-            if present[:, index].any():
-                outputs.append(self._of_one_modality(self.only(image, index), index, predict))
-                voting.append(present[:, index])
-        scales = [mean_probability_logits(list(scale), self.atlases.regions, torch.stack(voting, 1))
-                  if len(outputs) > 1 else scale[0] for scale in zip(*outputs, strict=True)]
+        single: dict[Predict, list[list[torch.Tensor]]] = {predict: [] for predict in wanted}
+        voting = []
+        for index, has in enumerate(present.unbind(1)):
+            if not has.any():
+                continue
+            voting.append(has)
+            for predict, scales in self._of_one_modality(self.only(image[has], index), index, wanted).items():
+                single[predict].append([_in_rows(scale, has) for scale in scales])
+        return {predict: self._mean(outputs, torch.stack(voting, 1)) for predict, outputs in single.items()}
+
+    def _mean(self, outputs: list[list[torch.Tensor]], voting: torch.Tensor) -> Logits:
+        """Of the predictions, each at several scales, that vote for each image (B, len(outputs))."""
+        scales = [mean_probability_logits(list(scale), self.atlases.regions, voting) if len(outputs) > 1 else scale[0]
+                  for scale in zip(*outputs, strict=True)]
         return scales if self.decoder.deep_supervision else scales[0]
 
     def only(self, image: torch.Tensor, modality: int | torch.Tensor) -> torch.Tensor:
@@ -79,18 +90,25 @@ class AtlasNetwork(nn.Module):
             own[index, channels] = True
         return fill_absent(image, own[torch.as_tensor(modality, device=image.device).expand(len(image))])
 
-    def _of_one_modality(self, image: torch.Tensor, modality: int, predict: Predict) -> list[torch.Tensor]:
+    def _of_one_modality(self, image: torch.Tensor, modality: int,
+                         wanted: Sequence[Predict]) -> dict[Predict, list[torch.Tensor]]:
+        """Logits at each scale, finest first, of images of one modality."""
         pyramid = self.encoders(image)
-        logits = pyramid[0]
-        if predict == "segmentation":
-            return logits
-        regions = self.atlases.regions
-        found = self.atlas_probability(image, pyramid, modality)
-        if predict == "both":
-            found = (found + probabilities(logits, regions)) / 2
-        found = found.clamp(_EPS, 1 - _EPS)
-        whole = found.logit() if regions else found.log()
-        return [whole, *(F.interpolate(whole, scale.shape[2:], mode="nearest") for scale in logits[1:])]
+        found: dict[Predict, list[torch.Tensor]] = {}
+        fused = self.atlas_probability(image, pyramid, modality) if set(wanted) != {"segmentation"} else None
+        for predict in wanted:
+            if predict == "segmentation" or fused is None:
+                found[predict] = pyramid[0]
+            elif predict == "atlas":
+                found[predict] = self._logits(fused, pyramid)
+            else:
+                found[predict] = self._logits((fused + probabilities(pyramid[0][0], self.atlases.regions)) / 2, pyramid)
+        return found
+
+    def _logits(self, probability: torch.Tensor, pyramid: Pyramid) -> list[torch.Tensor]:
+        probability = probability.clamp(_EPS, 1 - _EPS)
+        whole = probability.logit() if self.atlases.regions else probability.log()
+        return [whole, *(F.interpolate(whole, scale.shape[2:], mode="nearest") for scale in pyramid[0][1:])]
 
     def atlas_probability(self, image: torch.Tensor, pyramid: Pyramid, modality: int) -> torch.Tensor:
         """The labels of the modality's atlases, warped to ``image`` and fused: (B, K, *spatial).
@@ -117,6 +135,15 @@ class AtlasNetwork(nn.Module):
             raise RuntimeError(f"The network holds no atlas of modality {self.encoders.names[modality]}.")
         head = probabilities(pyramid[0], self.atlases.regions)
         return torch.where(weights > _EPS, total / weights.clamp_min(_EPS), head)
+
+
+def _in_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``values`` in the rows that are true of ``rows``, bool (B,), and zeros in the others: (B, ...)."""
+    if rows.all():
+        return values
+    whole = values.new_zeros(len(rows), *values.shape[1:])
+    whole[rows] = values
+    return whole
 
 
 class Predicting(nn.Module):

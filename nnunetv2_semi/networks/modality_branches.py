@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnunetv2_semi.losses.predictions import Logits
 from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 
@@ -36,17 +37,24 @@ class ModalityBranches(nn.Module):
         """The channels (B, C_m, *spatial) of modality ``name`` in ``image`` (B, C, *spatial)."""
         return image[:, self.channels[name]]
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> Logits:
         """Logits (B, K, *spatial) whose softmax (or sigmoid) is the mean of the branches' probabilities.
 
         The branches of the modalities that an image has vote. With deep supervision a list of such logits, finest
         first.
         """
+        return self.mean(image, self.each(image))
+
+    def each(self, image: torch.Tensor) -> dict[str, Logits]:
+        """Modality name -> the branch's logits of ``image`` (B, C, *spatial)."""
+        return {name: self.branch(name)(self.select(image, name)) for name in self.names}
+
+    def mean(self, image: torch.Tensor, each: Mapping[str, Logits]) -> Logits:
+        """As ``forward``, of what ``each`` gives."""
         present = present_modalities(present_channels(image), self.channels.values())
-        outputs = [self.branch(name)(self.select(image, name)) for name in self.names]
-        if isinstance(outputs[0], torch.Tensor):
-            return mean_probability_logits(outputs, self.regions, present)
-        return [mean_probability_logits(list(scale), self.regions, present) for scale in zip(*outputs, strict=True)]
+        outputs = [[logits] if isinstance(logits, torch.Tensor) else logits for logits in each.values()]
+        scales = [mean_probability_logits(scale, self.regions, present) for scale in zip(*outputs, strict=True)]
+        return scales[0] if isinstance(each[self.names[0]], torch.Tensor) else scales
 
 
 class SingleModality(nn.Module):
@@ -59,7 +67,7 @@ class SingleModality(nn.Module):
         super().__init__()
         self.network, self.channels = networks.branch(name), networks.channels[name]
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> Logits:
         """``image`` (B, C, *spatial) -> the branch's logits (B, K, *spatial), or a list of them."""
         return self.network(image[:, self.channels])
 

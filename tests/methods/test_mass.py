@@ -255,6 +255,21 @@ def test_a_modalitys_stock_model_predicts_as_the_segmentation_head(small, modali
     assert torch.allclose(stock(image[:, channels]), method.student.predicted(image, "segmentation"), atol=1e-5)
 
 
+def test_all_predictions_share_passes_and_are_those_of_the_parts(small):
+    batch = unpaired(small)
+    method = started(small, batch, predict="atlas")
+    passes = []
+    method.student.encoders.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    with torch.no_grad():
+        found = method.predictions(batch.labelled)
+        shared = len(passes)
+        alone = {"prediction": method.deployable()(batch.labelled),
+                 **{name: part(batch.labelled) for name, part in method.parts().items()}}
+    assert shared < len(passes) - shared
+    assert {name: float((logits - alone[name]).abs().max()) for name, logits in found.items()} == \
+        pytest.approx(dict.fromkeys(alone, 0.0), abs=1e-5)
+
+
 def test_a_picture_shows_three_predictions_and_a_grid(small):
     batch = unpaired(small)
     method = started(small, batch)

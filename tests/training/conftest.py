@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from nnunetv2.training.logging import nnunet_logger
 
-ON_CPU = ("-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta")
+ON_CPU = ("-device", "cpu", "--disable_tta")
+ONE_PROCESS = ("-npp", "0", "-nps", "0")  # each further one takes seconds to import torch
+PROCESSES = ("-npp", "1", "-nps", "1")
 WORKER = Path(__file__).parent / "ddp_worker.py"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -62,9 +67,11 @@ def prepare(workspace: Path, configuration: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(folder, str(workspace / folder))
     sizes = {"labelled": 3, "unlabelled": 2, "test": 1, **phantom}
     make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", **sizes)  # type: ignore[arg-type]
-    extract_fingerprints([1], "nnUNetFingerprintExtractorSemi", num_processes=1)
-    nnUNetPlannerSemiCPU(1).plan_experiment()
-    preprocess_dataset(1, "nnUNetSemiCPUPlans", [configuration], num_processes=[1])
+    with monkeypatch.context() as patch:  # threads: a process takes seconds to import torch
+        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+        extract_fingerprints([1], "nnUNetFingerprintExtractorSemi", num_processes=1)
+        nnUNetPlannerSemiCPU(1).plan_experiment()
+        preprocess_dataset(1, "nnUNetSemiCPUPlans", [configuration], num_processes=[1])
     set_semi(workspace, num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, save_every=1)
 
 
@@ -114,7 +121,7 @@ def predict_without_this_package(workspace: Path, images: Path, output: Path, mo
     script = output.with_suffix(".py")
     script.write_text(program)
     result = subprocess.run([sys.executable, script, "-i", images, "-o", output, "-m", model, "-f", "0", *ON_CPU,
-                             "--save_probabilities"], env=environment(workspace), text=True, timeout=300,
+                             *PROCESSES, "--save_probabilities"], env=environment(workspace), text=True, timeout=300,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout[-3000:]
 
@@ -143,10 +150,22 @@ def states_equal(first: dict, second: dict, tolerance: float) -> None:
             assert value == second[key], key
 
 
+@pytest.fixture
+def progress_png() -> None:
+    """For tests that need what nnU-Net draws after each epoch, which takes most of the time of a short training."""
+
+
+@pytest.fixture(autouse=True)
+def no_progress_png(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "progress_png" not in request.fixturenames:
+        monkeypatch.setattr(nnunet_logger.MetaLogger, "plot_progress_png", lambda *arguments: None)
+
+
 @pytest.fixture(scope="session")
 def tools():
     """The functions above."""
     return SimpleNamespace(run=run_command, set_semi=set_semi, prepare=prepare, plans_path=plans_path,
                            load=load_checkpoint, trainer=make_trainer, environment=environment, command=command,
-                           folders=FOLDERS, on_cpu=ON_CPU, run_workers=run_workers, states_equal=states_equal,
+                           folders=FOLDERS, on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES,
+                           run_workers=run_workers, states_equal=states_equal,
                            predict_without_this_package=predict_without_this_package)

@@ -90,7 +90,7 @@ def test_stock_prediction_averages_the_modalities_and_each_is_exported(trained, 
     """nnUNetv2_predict with all modalities; export; each exported model alone, with this package out of reach."""
     images = raw(trained) / "imagesTs"
     tools.run(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "all"), *MODEL, "-f", "0",
-              *tools.on_cpu, "--save_probabilities")
+              *tools.on_cpu, *tools.processes, "--save_probabilities")
     together = np.load(next((tmp_path / "all").glob("*.npz")))["probabilities"]
     tools.run(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "exported"))
     singles = []
@@ -122,7 +122,8 @@ def test_rcps_trains_and_its_export_predicts_without_this_package(trained, tools
     images = raw(workspace) / "imagesTs"
     tools.predict_without_this_package(workspace, images, tmp_path / "alone", tmp_path / "exported")
     folders = "-i", str(images), "-o", str(tmp_path / "with")
-    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *tools.on_cpu)
+    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *tools.on_cpu,
+              *tools.one_process)
     prediction, = (tmp_path / "alone").glob("*.nii.gz")
     assert np.array_equal(read(prediction), read(tmp_path / "with" / prediction.name))
 

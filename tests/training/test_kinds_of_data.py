@@ -27,7 +27,7 @@ def train_all(tools, workspace, configuration, **semi):
 
 
 def train(tools, workspace, configuration, trainers, **semi):
-    tools.set_semi(workspace, **semi)
+    tools.set_semi(workspace, pictures=1, **semi)
     for name in trainers:
         trainer = tools.trainer(workspace, name, configuration)
         trainer.run_training()

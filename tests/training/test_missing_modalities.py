@@ -52,8 +52,9 @@ def images(workspace):
 
 
 def predict(tools, workspace, trainer, output):
+    processes = tools.processes if trainer == "SemiMeanTeacher" else tools.one_process
     tools.run(workspace, "nnUNetv2_predict", "-i", str(images(workspace)), "-o", str(output), *model(trainer), "-f",
-              "0", *tools.on_cpu, "--save_probabilities")
+              "0", *tools.on_cpu, *processes, "--save_probabilities")
     return {file.stem: np.load(file)["probabilities"] for file in output.glob("*.npz")}
 
 
