@@ -27,7 +27,7 @@ from measuring import Allocations, machine, table
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.semi.nnUNetPlannerSemi import nnUNetPlannerSemi
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from phantom_plans import CONFIGURATION, Phantom, phantom, random_batch, ready
+from phantom_plans import CONFIGURATION, Phantom, phantom, random_batch, ready, start
 from variants import STOCK, VARIANTS, Variant
 
 FIRST_PATCH = 32  # voxels per side of the step that makes the optimiser's state, before the one that is measured
@@ -39,7 +39,10 @@ def run_steps(data: Phantom, plans: dict, variant: Variant, seed: int) -> None:
     """Build everything and do two steps; the first, which makes the optimiser's state, with a small patch."""
     trainer = ready(data.trainer(variant.method, plans, variant.semi))
     patch = tuple(trainer.configuration_manager.patch_size)
-    trainer.train_step(random_batch(trainer, tuple(min(FIRST_PATCH, side) for side in patch), seed))
+    first = tuple(min(FIRST_PATCH, side) for side in patch)
+    start(trainer, first)
+    trainer.train_step(random_batch(trainer, first, seed))
+    start(trainer, patch)
     trainer.train_step(random_batch(trainer, patch, seed))
 
 

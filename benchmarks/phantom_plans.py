@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
-from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.base import Method, WholeCase
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
 CONFIGURATION = "3d_fullres"
@@ -120,12 +120,24 @@ def ready(trainer: nnUNetTrainer) -> nnUNetTrainer:
     (cases / "none.b2nd").touch()  # nnU-Net tells the storage format by the files it finds
     with _quiet():
         trainer.initialize()
+    start(trainer, tuple(trainer.configuration_manager.patch_size))
+    return trainer
+
+
+def start(trainer: nnUNetTrainer, patch_size: tuple[int, ...]) -> None:
+    """What precedes the first step with patches of this size, with noise for the labelled cases."""
     if isinstance(trainer, nnUNetTrainerSemi):
+        trainer.method.context = replace(trainer.method.context, training_cases=lambda: _noise(trainer, patch_size))
         trainer.method.on_start()
         trainer.method.train()
     else:
         trainer.network.train()
-    return trainer
+
+
+def _noise(trainer: nnUNetTrainerSemi, patch_size: tuple[int, ...]) -> Iterator[WholeCase]:
+    for index in range(len(trainer.modalities)):
+        labels = torch.randint(trainer.label_manager.num_segmentation_heads, (1, *patch_size))
+        yield WholeCase(f"noise_{index}", torch.randn(trainer.num_input_channels, *patch_size), labels, [index])
 
 
 def random_batch(trainer: nnUNetTrainer, patch_size: tuple[int, ...], seed: int) -> dict:

@@ -18,6 +18,7 @@ from phantom_plans import phantom, random_batch, ready
 from torch import nn
 from variants import STOCK, VARIANTS
 
+from nnunetv2_semi.networks.modality_encoders import ModalityEncoders
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
 
@@ -42,19 +43,31 @@ class Passes:
     def _before(self, network: nn.Module, images: tuple[torch.Tensor]) -> None:
         self.forward += len(images[0]) / self.batch_size
 
-    def _after(self, network: nn.Module, images: tuple[torch.Tensor],
-               output: torch.Tensor | list[torch.Tensor]) -> None:
-        finest = output if isinstance(output, torch.Tensor) else output[0]
-        if finest.requires_grad:
-            finest.register_hook(self._backward)
+    def _after(self, network: nn.Module, images: tuple[torch.Tensor], output: object) -> None:
+        reached: list[bool] = []  # by a gradient, whichever of the outputs it comes from
 
-    def _backward(self, gradient: torch.Tensor) -> None:
-        self.backward += len(gradient) / self.batch_size
+        def backward(gradient: torch.Tensor) -> None:
+            if not reached:
+                self.backward += len(gradient) / self.batch_size
+            reached.append(True)
+        for tensor in tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(backward)
+
+
+def tensors(output: object) -> Iterator[torch.Tensor]:
+    """The tensors that lists and tuples hold."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from tensors(part)
 
 
 def encoder_decoders(module: nn.Module) -> list[nn.Module]:
-    """The networks in ``module`` that have an encoder and a decoder, as nnU-Net's have."""
-    return [network for network in module.modules() if hasattr(network, "encoder") and hasattr(network, "decoder")]
+    """The networks in ``module`` that have an encoder and a decoder as nnU-Net's have, or an encoder per modality."""
+    return [network for network in module.modules() if isinstance(network, ModalityEncoders)
+            or hasattr(network, "encoder") and hasattr(network, "decoder")]
 
 
 def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:

@@ -100,7 +100,7 @@ def test_the_cost_volume_equals_the_loop_over_shifts_in_less_memory(script, caps
 
 def test_the_passes_of_a_step_are_counted(script, capsys):
     chosen = ["Mean Teacher, sequential", "Semi-CML stage 1, sequential", "Semi-CML stage 1, one_pass",
-              "RCPS, sequential", "RCPS, one_pass"]
+              "RCPS, sequential", "RCPS, one_pass", "MASS, sequential", "MASS, one_pass"]
     script("step").main(["--rounds", "1", "--shape", "16", "16", "16", "--only", *chosen])
     output = capsys.readouterr().out
     passes = {name: rows(output, name)[0][1:4] for name in ["nnU-Net's own", *chosen]}
@@ -112,6 +112,9 @@ def test_the_passes_of_a_step_are_counted(script, capsys):
     # three versions of two streams; backward from the logits of all but the unlabelled original version
     assert passes["RCPS, sequential"] == ["12", "5", "7.33"]
     assert passes["RCPS, one_pass"] == ["6", "5", "5.33"]
+    # labelled, unlabelled and two atlases; sequentially the last three are computed twice
+    assert passes["MASS, sequential"] == ["7", "4", "5.00"]
+    assert passes["MASS, one_pass"] == ["4", "4", "4.00"]
 
 
 def test_methods_need_little_more_memory_than_nnunet_with_its_own_plans(script, capsys):

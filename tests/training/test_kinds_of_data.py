@@ -80,3 +80,6 @@ def test_mass(tools, tmp_path, monkeypatch, configuration, kind):
     train(tools, tmp_path / "w", configuration, ["nnUNetTrainerSemiMASS"], MASS={"align_atlases": True})
     train(tools, tmp_path / "w", configuration, ["nnUNetTrainerSemiMASS"], deep_supervision=False,
           arrangement="one_pass")
+    # whole volumes are what registration needs; a slice of one is not
+    logs = [log.read_text() for log in (tmp_path / "w").rglob("training_log*.txt")]  # of one second they share a file
+    assert logs and all(("show a part of the median image" in log) == (configuration == "2d") for log in logs)
