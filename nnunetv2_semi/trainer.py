@@ -159,7 +159,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def _image_size(self) -> tuple[float, ...]:
         """See ``Context.image_size``."""
-        size = [float(axis) for axis in self.configuration_manager.median_image_size_in_voxels]
+        plan = self.configuration_manager.configuration
+        size = [float(axis) for axis in plan.get("median_image_size_in_voxels", plan["patch_size"])]
         whole = [float(axis) for axis in self.plans_manager.original_median_shape_after_transp]
         return tuple(size if len(size) == len(whole) or whole[0] == 1 else [whole[0], *size])
 
@@ -317,17 +318,17 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's validation step with the deployed network, and with each part by itself."""
-        found: dict = {}
+        outputs = {}
         present = self._present_modalities(batch["labelled"])
         with self.step.autocast():
-            predictions = self.method.predictions(batch["labelled"]["data"].to(self.device, non_blocking=True))
-        for name, logits in predictions.items():
-            deployed = name == "prediction"
-            rows = Rows() if deployed else Rows.where(self.method.part_applies(name, present))
+            deployed, parts = self.method.predictions(batch["labelled"]["data"].to(self.device, non_blocking=True))
+        for name, logits in parts.items():
+            rows = Rows.where(self.method.part_applies(name, present))
             with self._validating(_Predicted(rows.of(logits))):
                 counts = super().validation_step(_rows_with_own_target(batch["labelled"], rows))
-            found |= counts if deployed else {f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS}
-        return found
+            outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS})
+        with self._validating(_Predicted(deployed)):
+            return {**super().validation_step(batch["labelled"]), **outputs}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)

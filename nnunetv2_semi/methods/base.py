@@ -259,19 +259,20 @@ class Method(nn.Module):
         """Which images can be predicted by the part ``name`` alone: bool (B,), of ``present``, bool (B, modalities)."""
         return torch.ones(len(present), dtype=torch.bool)
 
-    def predictions(self, image: torch.Tensor) -> dict[str, Logits]:
-        """What the deployed network, under the name "prediction", and each part make of ``image`` (B, C, *spatial).
+    def predictions(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
+        """What the deployed network, and what each part, makes of ``image`` (B, C, *spatial).
 
         For validation in each epoch and pictures; a method whose parts share passes does those once.
         """
-        return {"prediction": self.deployable()(image), **{name: part(image) for name, part in self.parts().items()}}
+        return self.deployable()(image), {name: part(image) for name, part in self.parts().items()}
 
     def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
         """What to show of a patch (1, C, *spatial) in pictures.png: name -> logits, and name -> map (1, *spatial).
 
         Called without gradients, in evaluation mode.
         """
-        return self.predictions(image), {}
+        deployed, parts = self.predictions(image)
+        return {"prediction": deployed, **parts}, {}
 
     @classmethod
     def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],

@@ -290,9 +290,9 @@ class MASS(Method):
     def parts(self) -> dict[str, nn.Module]:
         return {how: Predicting(self.student, how) for how in get_args(Predict) if how != self.settings.predict}
 
-    def predictions(self, image: torch.Tensor) -> dict[str, Logits]:
-        return {"prediction" if how == self.settings.predict else how: logits
-                for how, logits in self.student.predictions(image).items()}
+    def predictions(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
+        each = self.student.predictions(image)
+        return each.pop(self.settings.predict), each
 
     def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
         """All predictions, and a grid deformed as the first atlas is to match the patch."""
@@ -302,7 +302,7 @@ class MASS(Method):
         pyramid = network.encoders(network.only(image, modality))
         displacement = network.displacement(pyramid, network.encoders(source), image.shape[2:])
         grid = warp(_grid(image.shape[2:], image.device), displacement)[0]
-        return dict(network.predictions(image).items()), {"grid": grid}
+        return network.predictions(image), {"grid": grid}
 
     @classmethod
     def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],

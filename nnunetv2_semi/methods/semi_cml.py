@@ -316,11 +316,11 @@ class SemiCML(Method):
         assert isinstance(deployed, ModalityBranches)
         return {name: SingleModality(deployed, name) for name in self.names}
 
-    def predictions(self, image: torch.Tensor) -> dict[str, Logits]:
+    def predictions(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
         deployed = self.deployable()
         assert isinstance(deployed, ModalityBranches)
         each = deployed.each(image)
-        return {"prediction": deployed.mean(image, each), **each}
+        return deployed.mean(image, each), each
 
     def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
         return present[:, self.names.index(name)]

@@ -64,10 +64,10 @@ class AtlasNetwork(nn.Module):
         """As ``forward``, but says what is predicted."""
         return self.predictions(image, [predict])[predict]
 
-    def predictions(self, image: torch.Tensor, wanted: Sequence[Predict] = get_args(Predict)) -> dict[Predict, Logits]:
+    def predictions(self, image: torch.Tensor, wanted: Sequence[Predict] = get_args(Predict)) -> dict[str, Logits]:
         """As ``predicted`` for each of ``wanted``, which share their passes."""
         present = self.encoders.present_modalities(image)
-        single: dict[Predict, list[list[torch.Tensor]]] = {predict: [] for predict in wanted}
+        single: dict[str, list[list[torch.Tensor]]] = {predict: [] for predict in wanted}
         voting = []
         for index, has in enumerate(present.unbind(1)):
             if not has.any():
@@ -91,10 +91,10 @@ class AtlasNetwork(nn.Module):
         return fill_absent(image, own[torch.as_tensor(modality, device=image.device).expand(len(image))])
 
     def _of_one_modality(self, image: torch.Tensor, modality: int,
-                         wanted: Sequence[Predict]) -> dict[Predict, list[torch.Tensor]]:
+                         wanted: Sequence[Predict]) -> dict[str, list[torch.Tensor]]:
         """Logits at each scale, finest first, of images of one modality."""
         pyramid = self.encoders(image)
-        found: dict[Predict, list[torch.Tensor]] = {}
+        found: dict[str, list[torch.Tensor]] = {}
         fused = self.atlas_probability(image, pyramid, modality) if set(wanted) != {"segmentation"} else None
         for predict in wanted:
             if predict == "segmentation" or fused is None:
