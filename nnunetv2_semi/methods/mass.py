@@ -65,7 +65,7 @@ class MASSSettings(BaseSettings):
     contrast_temperature: float = 0.1
     contrast_tokens: Literal["normalised", "released"] = "normalised"
     contrast_stage: int = 1
-    pseudo_weight: float = 1.0
+    pseudo_weight: float = 0.1
     ramp_fraction: float = 1.0
     predict: Predict = "segmentation"
     refine: bool = False
