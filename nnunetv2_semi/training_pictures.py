@@ -14,6 +14,7 @@ from nnunetv2_semi.data.whole_files import whole_file
 from nnunetv2_semi.losses.predictions import Logits, full_resolution
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.pictures import PictureRow, save_overview
+from nnunetv2_semi.present_channels import present_channels
 
 FOLDER, PICTURE = "pictures", "pictures.png"
 # Black in a map is the value that 1 % of the voxels are below, or this where that is closer to 1.
@@ -35,12 +36,13 @@ def draw(method: Method, batch: dict, labels: LabelManager, device: torch.device
     truths = [_label_map(single.numpy(), labels) for single in target]
     shown = int(np.argmax([(truth > 0).sum() for truth in truths]))
     image = batch["data"][shown:shown + 1]
+    shown_channel = int(present_channels(image)[0].int().argmax())
     with torch.no_grad():
         predictions, maps = method.picture(image.to(device))
     arrays = {f"segmentation/{name}": _prediction(logits, labels)
               for name, logits in predictions.items()}
     arrays |= {f"image/{name}": single[0].float().cpu().numpy() for name, single in maps.items()}
-    arrays |= {"image/image": image[0, 0].numpy(), "segmentation/truth": truths[shown]}
+    arrays |= {"image/image": image[0, shown_channel].numpy(), "segmentation/truth": truths[shown]}
     folder = Path(output_folder) / FOLDER
     with whole_file(folder / f"epoch_{epoch:04d}.npz") as unfinished, open(unfinished, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

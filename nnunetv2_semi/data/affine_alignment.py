@@ -11,13 +11,15 @@ _BINS = 32
 _SHRINK = (4, 2, 1)
 _FEWEST_VOXELS = 8  # along an axis, at any resolution
 _ITERATIONS = 100
+_LARGEST_CHANGE = 2.0  # of a volume
 
 
 def affine_transform(moving: np.ndarray, fixed: np.ndarray, spacing: Sequence[float]) -> sitk.Transform:
     """The affine map of points of ``fixed`` to points of ``moving``, by Mattes' mutual information.
 
     moving, fixed: (*spatial) of the same spacing (mm per axis). All voxels are used and one thread, so that the same
-    images always give the same map. Raises RuntimeError (SimpleITK's) where the images do not overlap.
+    images always give the same map. Raises RuntimeError where the images do not overlap (SimpleITK's), or where volumes
+    would change by more than a factor of two: mutual information was led astray.
     """
     images = [_image(array, spacing) for array in (moving, fixed)]
     factors = [f for f in _SHRINK if f == 1 or min(min(moving.shape), min(fixed.shape)) // f >= _FEWEST_VOXELS]
@@ -36,9 +38,14 @@ def affine_transform(moving: np.ndarray, fixed: np.ndarray, spacing: Sequence[fl
     threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # those of the metric; their sums differ in the last digits
     try:
-        return method.Execute(images[1], images[0])
+        found = method.Execute(images[1], images[0])
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+    origin, *ends = (np.array(found.TransformPoint(point)) for point in np.eye(moving.ndim + 1, moving.ndim, -1))
+    volume = float(np.linalg.det([end - origin for end in ends]))
+    if not 1 / _LARGEST_CHANGE < volume < _LARGEST_CHANGE:
+        raise RuntimeError(f"volumes would change by a factor of {volume:.2f}")
+    return found
 
 
 def resampled(patch: np.ndarray, transform: sitk.Transform, spacing: Sequence[float], *, nearest: bool) -> np.ndarray:

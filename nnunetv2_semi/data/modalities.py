@@ -62,5 +62,6 @@ def mark_present(batch: dict, cases: CaseChannels, drop: ModalityDrop | None) ->
     image = batch["data"]
     present = cases.present([str(case) for case in batch["keys"]], image.shape[1])
     batch["present"] = present if drop is None else drop(present)
+    image += 0.0  # an augmentation may make minus zero, the mark of absent channels, of zero
     if not batch["present"].all():
         batch["data"] = fill_absent(image, batch["present"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -31,6 +32,7 @@ from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.channel_tokens import ChannelTokens
 from nnunetv2_semi.networks.modality_encoders import Pyramid
 from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
+from nnunetv2_semi.present_channels import present_channels
 
 
 @dataclass(frozen=True)
@@ -166,30 +168,37 @@ class MASS(Method):
             raise UserError(f"No labelled training case of this fold has the modality {', '.join(lacking)}: MASS needs "
                             "an atlas of each. Label one, or choose another fold or split (splits_final.json).")
         chosen = [(case, index) for index, found in by_modality.items() for case in found]
-        pairs = self._aligned(chosen) if self.settings.align_atlases else \
-            [(case.image, case.target) for case, _ in chosen]
-        images = [self.student.only(image[None], index)[0]
-                  for (image, _), (_, index) in zip(pairs, chosen, strict=True)]
-        self.student.atlases.take(images, [target for _, target in pairs], [index for _, index in chosen],
-                                  self.context.ignore_label)
+        whole = [(case.image, case.target, torch.ones_like(case.target[:1], dtype=torch.bool)) for case, _ in chosen]
+        images, targets, seen = zip(*self._aligned(chosen) if self.settings.align_atlases else whole, strict=True)
+        modalities = [index for _, index in chosen]
+        alone = [self.student.only(image[None], index)[0] for image, index in zip(images, modalities, strict=True)]
+        self.student.atlases.take(alone, targets, modalities, self.context.ignore_label, seen)
 
-    def _aligned(self, chosen: list[tuple[WholeCase, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Images and targets of cases, each with its modality, all but the first mapped affinely to the first one by
-        the first channel of each. Raises UserError where SimpleITK cannot."""
-        channels, spacing = list(self.context.modalities.values()), self.context.spacing
+    def _aligned(self, chosen: list[tuple[WholeCase, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Image, target, and where the case was seen, bool (1, *spatial), of cases, each with its modality.
+
+        All but the first are mapped affinely to the first one. Raises UserError where that cannot be.
+        """
+        spacing = self.context.spacing
         (first, modality), *others = chosen
-        aligned = [(first.image, first.target)]
+        fixed = self._shown(first, modality)
+        yield first.image, first.target, torch.ones_like(first.target[:1], dtype=torch.bool)
         for case, index in others:
-            image, target = case.image.numpy(), case.target.numpy()
             try:
-                transform = affine_transform(image[channels[index][0]], first.image[channels[modality][0]].numpy(),
-                                             spacing)
+                transform = affine_transform(self._shown(case, index), fixed, spacing)
             except RuntimeError as error:
                 raise UserError(f"Atlas {case.name} cannot be aligned to {first.name} ({one_line(error)}). Set "
                                 '"MASS": {"align_atlases": false} in the plans file\'s "semi".') from error
-            aligned.append((torch.from_numpy(resampled(image, transform, spacing, nearest=False)),
-                            torch.from_numpy(resampled(target, transform, spacing, nearest=True))))
-        return aligned
+            target = case.target.numpy()
+            yield (torch.from_numpy(resampled(case.image.numpy(), transform, spacing, nearest=False)),
+                   torch.from_numpy(resampled(target, transform, spacing, nearest=True)),
+                   torch.from_numpy(resampled(np.ones_like(target[:1]), transform, spacing, nearest=True)) > 0)
+
+    def _shown(self, case: WholeCase, modality: int) -> np.ndarray:
+        """The first channel of a modality that the case has, (*spatial)."""
+        channels = list(self.context.modalities.values())[modality]
+        there = present_channels(case.image[None])[0].tolist()
+        return case.image[next(channel for channel in channels if there[channel])].numpy()
 
     # loss
 

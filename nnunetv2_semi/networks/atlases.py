@@ -32,23 +32,24 @@ class Atlases(nn.Module):
         return len(self.modality)
 
     def take(self, images: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], modality: Sequence[int],
-             ignore_label: int | None = None) -> None:
+             ignore_label: int | None = None, seen: Sequence[torch.Tensor] | None = None) -> None:
         """Make these the atlases: images (C, *spatial), nnU-Net's targets (channels, *spatial), modality of each.
 
-        ignore_label: of the targets.
+        ignore_label: of the targets. seen: bool (1, *spatial), where labels are unknown otherwise; None: everywhere.
         """
         device = self.modality.device
         labels = torch.stack(list(targets))
+        unknown = torch.zeros_like(labels[:, :1], dtype=torch.bool) if seen is None else ~torch.stack(list(seen))
         if self.regions:
             kept = labels[:, : self.num_heads].to(torch.uint8)
-            unknown = labels[:, -1:] > 0 if ignore_label is not None else None
+            unknown |= labels[:, -1:] > 0 if ignore_label is not None else False
         else:
             kept = labels.clamp_min(0).to(torch.uint8)
-            unknown = labels == ignore_label if ignore_label is not None else None
+            unknown |= labels == ignore_label if ignore_label is not None else False
         stacked = torch.stack(list(images)).to(device)
         # half precision has 11 bits; intensities that were not normalised may need more
         self.images = stacked.half() if stacked.abs().max() <= _LARGEST_IN_HALF else stacked.float()
-        self.labels = (kept if unknown is None else kept.masked_fill(unknown, _UNKNOWN)).to(device)
+        self.labels = kept.masked_fill(unknown, _UNKNOWN).to(device)
         self.modality = torch.tensor(list(modality), device=device)
 
     def of_modality(self, modality: int) -> list[int]:

@@ -49,3 +49,12 @@ def test_flat_stacks_are_not_shrunk_away():
     transform = affine_transform(moved(image, spacing), image, spacing)
     back = resampled(moved(labels, spacing, nearest=True)[None], transform, spacing, nearest=True)[0]
     assert dice(back, labels) > 0.85  # 0.09 at resolutions of one and three slices
+
+
+def test_a_map_that_changes_volumes_by_more_than_a_factor_of_two_is_refused(monkeypatch):
+    case = make_phantom_case(0, SHAPES[3], 1, 0)
+    doubled = sitk.AffineTransform(3)
+    doubled.Scale(2.0)
+    monkeypatch.setattr(sitk.ImageRegistrationMethod, "Execute", lambda *arguments: doubled)
+    with pytest.raises(RuntimeError, match="factor of 8.00"):
+        affine_transform(case.images[0], case.images[0], (1.0, 1.0, 1.0))

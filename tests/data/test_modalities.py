@@ -90,3 +90,13 @@ def test_views_leave_absent_channels_alone():
     for view in [with_noise(image, 0.3), *views]:
         assert torch.equal(present_channels(view), present)
         assert not torch.equal(view[0, 0], image[0, 0])
+
+
+def test_zeros_whose_sign_augmentation_turned_are_no_mark():
+    class Blank(Loader):
+        def generate_train_batch(self):
+            batch = super().generate_train_batch()
+            return {**batch, "data": torch.full_like(batch["data"], -0.0)}
+
+    batch = SeededBatches({"labelled": Blank()}, seed=5)[0]["labelled"]
+    assert torch.equal(present_channels(batch["data"]), batch["present"])

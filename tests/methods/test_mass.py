@@ -7,6 +7,7 @@ import torch
 
 from nnunetv2_semi.data.phantom_anatomy import make_phantom_case
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods import base
 from nnunetv2_semi.methods.base import Batch, WholeCase
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork
@@ -93,6 +94,23 @@ def test_correspondence_has_an_optimiser_of_its_own_and_everything_has_one(small
 def test_ablations_leave_terms_out(small, setting, absent):
     batch = unpaired(small)
     assert set(TERMS) - set(terms_of(started(small, batch, **setting), batch)) == absent
+
+
+@pytest.mark.parametrize("images_per_pass", [1, 2, 4])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_joined_batches_give_the_same_loss_and_gradient(small, monkeypatch, one_pass, images_per_pass):
+    """As on a GPU, where patches of both modalities go through the encoders together."""
+    batch, found = unpaired(small), []
+    for joins in (False, True):
+        monkeypatch.setattr(base, "joins_batches", lambda device, joins=joins: joins)
+        method = started(small, batch, one_pass=one_pass)
+        method.context = replace(method.context, images_per_pass=images_per_pass)
+        terms = terms_of(method, batch)
+        sum(term.weight * term.value for term in terms.values()).backward()
+        found.append(({name: float(term.value.detach()) for name, term in terms.items()},
+                      torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None])))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5 * float(found[0][1].abs().max()))
 
 
 @pytest.mark.parametrize("name", ["ncc", "mse", "smoothness", "semantic", "pseudo"])
@@ -299,10 +317,17 @@ def aligned_atlases(small, shape, align):
 
 def test_atlases_are_aligned_to_the_first_one(small):
     def overlap(labels):
-        one, other = labels > 0
+        one, other = (labels > 0) & (labels < 255)
         return float(2 * (one & other).sum() / (one.sum() + other.sum()))
     apart, together = (overlap(aligned_atlases(small, (24, 32, 24), align)) for align in (False, True))
     assert apart < 0.8 < 0.9 < together
+
+
+def test_what_an_aligned_atlas_does_not_show_is_unknown(small):
+    """The second one, moved back by 3 voxels, has nothing for the first ones along the last axis."""
+    first, second = aligned_atlases(small, (24, 32, 24), True)[:, 0]
+    unknown = (second == 255).float()
+    assert (first < 255).all() and unknown[..., -3:].mean() > 0.9 and unknown[..., :-3].mean() < 0.05
 
 
 def test_an_atlas_that_cannot_be_aligned_is_named(small):

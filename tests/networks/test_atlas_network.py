@@ -49,6 +49,17 @@ def test_an_image_with_several_modalities_is_predicted_from_each():
     assert torch.allclose(network(image).softmax(1), (alone[0] + alone[1]) / 2, atol=1e-5)
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_batch_of_different_modalities_is_predicted_as_its_images_are(regions):
+    network = make(regions, deep_supervision=True)
+    image = torch.cat([of_modality(1, 1), torch.randn(1, 2, *SIZE), of_modality(0, 1), of_modality(1, 1)])
+    together = network.predictions(image)
+    for how, scales in together.items():
+        alone = [network.predicted(single[None], how) for single in image]
+        for found, expected in zip(scales, map(torch.cat, zip(*alone, strict=True)), strict=True):
+            assert torch.allclose(found, expected, atol=1e-3), how
+
+
 def test_atlases_of_the_same_modality_alone_are_fused():
     network, image = make(refine=False), of_modality(1, 1)
     one_hot = network.atlases.one_hot([2])
