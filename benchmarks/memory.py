@@ -37,10 +37,9 @@ PLANNERS = {STOCK_PLANNER: ExperimentPlanner, "nnUNetPlannerSemi": nnUNetPlanner
 
 def run_steps(data: Phantom, plans: dict, variant: Variant, seed: int) -> None:
     """Build everything and do two steps; the first, which makes the optimiser's state, with a small patch."""
-    trainer = ready(data.trainer(variant.method, plans, variant.semi))
-    patch = tuple(trainer.configuration_manager.patch_size)
+    patch = tuple(plans["configurations"][CONFIGURATION]["patch_size"])
     first = tuple(min(FIRST_PATCH, side) for side in patch)
-    start(trainer, first)
+    trainer = ready(data.trainer(variant.method, plans, variant.semi), first)
     trainer.train_step(random_batch(trainer, first, seed))
     start(trainer, patch)
     trainer.train_step(random_batch(trainer, patch, seed))

@@ -113,14 +113,17 @@ def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int) -
             yield Phantom(raw, preprocessed, json.loads((raw / "dataset.json").read_text()))
 
 
-def ready(trainer: nnUNetTrainer) -> nnUNetTrainer:
-    """The trainer, initialized, as its first step finds it; without preprocessed cases, which no step here needs."""
+def ready(trainer: nnUNetTrainer, patch_size: tuple[int, ...] | None = None) -> nnUNetTrainer:
+    """The trainer, initialized, as its first step finds it; without preprocessed cases, which no step here needs.
+
+    patch_size: of that step's patches, if not the plan's.
+    """
     cases = Path(trainer.preprocessed_dataset_folder)
     cases.mkdir(exist_ok=True)
     (cases / "none.b2nd").touch()  # nnU-Net tells the storage format by the files it finds
     with _quiet():
         trainer.initialize()
-    start(trainer, tuple(trainer.configuration_manager.patch_size))
+    start(trainer, patch_size or tuple(trainer.configuration_manager.patch_size))
     return trainer
 
 

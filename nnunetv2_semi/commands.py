@@ -53,6 +53,12 @@ def command_path(name: str) -> str:
     return path
 
 
+def prediction_options(device: str, mirroring: bool) -> list[str]:
+    """Of nnUNetv2_predict. device: "cuda" or "cpu", where one process does everything. mirroring: test-time."""
+    options = ["-device", device, *([] if mirroring else ["--disable_tta"])]
+    return [*options, "-npp", "0", "-nps", "0"] if device == "cpu" else options
+
+
 def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str], progress: Progress) -> float:
     """Run a command with its output in a file, written anew, and a progress bar where there is a terminal.
 

@@ -320,15 +320,16 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         """nnU-Net's validation step with the deployed network, and with each part by itself."""
         outputs = {}
         present = self._present_modalities(batch["labelled"])
+        labelled = {**batch["labelled"], "data": batch["labelled"]["data"].to(self.device, non_blocking=True)}
         with self.step.autocast():
-            deployed, parts = self.method.predictions(batch["labelled"]["data"].to(self.device, non_blocking=True))
+            deployed, parts = self.method.predictions(labelled["data"])
         for name, logits in parts.items():
             rows = Rows.where(self.method.part_applies(name, present))
             with self._validating(_Predicted(rows.of(logits))):
-                counts = super().validation_step(_rows_with_own_target(batch["labelled"], rows))
+                counts = super().validation_step(_rows_with_own_target(labelled, rows))
             outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS})
         with self._validating(_Predicted(deployed)):
-            return {**super().validation_step(batch["labelled"]), **outputs}
+            return {**super().validation_step(labelled), **outputs}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_semi.benchmark.jobs import MARKER, Job, State
-from nnunetv2_semi.commands import CommandFailed, command_path, run_watched
+from nnunetv2_semi.commands import CommandFailed, command_path, prediction_options, run_watched
 from nnunetv2_semi.data.whole_files import write_json_whole
 
 FINAL = "checkpoint_final.pth"
@@ -105,9 +105,7 @@ def _predict(job: Job, device: str, while_running: Callable[[], None], cores: Se
     shutil.rmtree(job.predictions, ignore_errors=True)  # a kill may have left half a file there
     command = [command_path("nnUNetv2_predict"), "-i", str(job.raw / "imagesTs"), "-o", str(job.predictions), "-d",
                model.dataset, "-c", job.study.configuration, "-f", str(job.fold), "-tr", job.entry.trainer, "-p",
-               model.plans, "-chk", FINAL, "-device", device.split(":")[0]]
-    command += [] if job.study.test_time_mirroring else ["--disable_tta"]
-    command += ["-npp", "0", "-nps", "0"] if device == "cpu" else []
+               model.plans, "-chk", FINAL, *prediction_options(device.split(":")[0], job.study.test_time_mirroring)]
     run_watched(command, job.folder / "prediction.log", environment(device, cores), while_running, cores)
     missing = [case for case in cases if not (job.predictions / case).is_file()]
     if missing:

@@ -20,7 +20,15 @@ from nnunetv2_semi.benchmark.self_training_input import Options, Start, checked_
 from nnunetv2_semi.benchmark.source_cases import label_values, read_source
 from nnunetv2_semi.benchmark.stability_picture import overlay_rows, save_stability_picture
 from nnunetv2_semi.checkpoints import snapshot_file
-from nnunetv2_semi.commands import CommandFailed, Progress, command_path, exit_status_of, finished_epochs, run_logged
+from nnunetv2_semi.commands import (
+    CommandFailed,
+    Progress,
+    command_path,
+    exit_status_of,
+    finished_epochs,
+    prediction_options,
+    run_logged,
+)
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 from nnunetv2_semi.errors import UserError
@@ -164,12 +172,10 @@ class SelfTraining:
         for file in unfinished.glob(f"*{self.ending}"):
             if label_values(str(file), self.start.reader)[1]:
                 file.unlink()  # cut off by a kill
-        arguments = [] if options.mirroring else ["--disable_tta"]
-        arguments += ["-npp", "0", "-nps", "0"] if self.device == "cpu" else []
         self._run(["nnUNetv2_predict", "-i", str(self.folders.raw / self.source.name / UNLABELLED_FOLDER), "-o",
                    str(unfinished), "-d", dataset, "-c", options.configuration, "-f", str(options.fold), "-tr",
-                   options.trainer, "-p", options.plans_name, "-chk", checkpoint, "-device", self.device,
-                   "--continue_prediction", *arguments], folder / f"predict_{name}.log",
+                   options.trainer, "-p", options.plans_name, "-chk", checkpoint, "--continue_prediction",
+                   *prediction_options(self.device, options.mirroring)], folder / f"predict_{name}.log",
                   Progress(len(self.files), "case", lambda: len(list(unfinished.glob(f"*{self.ending}")))))
         missing = [file for file in self.files if not (unfinished / file).is_file()]
         if missing:

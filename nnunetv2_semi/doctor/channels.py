@@ -63,9 +63,9 @@ def _modality_counts(channels: Mapping[str, Sequence[int]], modalities: Mapping[
     counts = Counter(_modality_names(present, modalities) for present in channels.values())
     singles = [(name,) for name in modalities] if len(modalities) == 2 else []
     # a place of its own for each, since the order of a set is another one in every run
-    written = [*modalities, *(name + _IN_PART for name in modalities)]
-    places = {name: place for place, name in enumerate(written)}
-    order = sorted({*singles, *counts, tuple(modalities)}, key=lambda names: (len(names), [places[n] for n in names]))
+    places = [*modalities, *(name + _IN_PART for name in modalities)]
+    order = sorted({*singles, *counts, tuple(modalities)},
+                   key=lambda names: (len(names), [places.index(name) for name in names]))
     return ", ".join(f"{'+'.join(names) or 'none'} {counts[names]}" for names in order)
 
 

@@ -168,8 +168,7 @@ class MASS(Method):
             raise UserError(f"No labelled training case of this fold has the modality {', '.join(lacking)}: MASS needs "
                             "an atlas of each. Label one, or choose another fold or split (splits_final.json).")
         chosen = [(case, index) for index, found in by_modality.items() for case in found]
-        whole = [(case.image, case.target, torch.ones_like(case.target[:1], dtype=torch.bool)) for case, _ in chosen]
-        images, targets, seen = zip(*self._aligned(chosen) if self.settings.align_atlases else whole, strict=True)
+        images, targets, seen = zip(*self._aligned(chosen), strict=True)
         modalities = [index for _, index in chosen]
         alone = [self.student.only(image[None], index)[0] for image, index in zip(images, modalities, strict=True)]
         self.student.atlases.take(alone, targets, modalities, self.context.ignore_label, seen)
@@ -177,15 +176,16 @@ class MASS(Method):
     def _aligned(self, chosen: list[tuple[WholeCase, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
         """Image, target, and where the case was seen, bool (1, *spatial), of cases, each with its modality.
 
-        All but the first are mapped affinely to the first one. Raises UserError where that cannot be.
+        If the settings say so, all but the first are mapped affinely to the first one; raises UserError where that
+        cannot be.
         """
-        spacing = self.context.spacing
-        (first, modality), *others = chosen
-        fixed = self._shown(first, modality)
-        yield first.image, first.target, torch.ones_like(first.target[:1], dtype=torch.bool)
-        for case, index in others:
+        spacing, (first, modality) = self.context.spacing, chosen[0]
+        for number, (case, index) in enumerate(chosen):
+            if number == 0 or not self.settings.align_atlases:
+                yield case.image, case.target, torch.ones_like(case.target[:1], dtype=torch.bool)
+                continue
             try:
-                transform = affine_transform(self._shown(case, index), fixed, spacing)
+                transform = affine_transform(self._shown(case, index), self._shown(first, modality), spacing)
             except RuntimeError as error:
                 raise UserError(f"Atlas {case.name} cannot be aligned to {first.name} ({one_line(error)}). Set "
                                 '"MASS": {"align_atlases": false} in the plans file\'s "semi".') from error

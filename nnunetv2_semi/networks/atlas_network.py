@@ -16,7 +16,7 @@ from nnunetv2_semi.losses.local_ncc import local_ncc_map
 from nnunetv2_semi.losses.predictions import Logits, probabilities
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.correspondence import CorrespondenceHead
-from nnunetv2_semi.networks.modality_branches import mean_probability_logits
+from nnunetv2_semi.networks.modality_branches import mean_at_all_scales
 from nnunetv2_semi.networks.modality_encoders import ModalityEncoders, Pyramid
 from nnunetv2_semi.networks.warp import warp
 from nnunetv2_semi.present_channels import fill_absent
@@ -73,15 +73,13 @@ class AtlasNetwork(nn.Module):
             if not has.any():
                 continue
             voting.append(has)
-            for predict, scales in self._of_one_modality(self.only(image[has], index), index, wanted).items():
-                single[predict].append([_in_rows(scale, has) for scale in scales])
-        return {predict: self._mean(outputs, torch.stack(voting, 1)) for predict, outputs in single.items()}
-
-    def _mean(self, outputs: list[list[torch.Tensor]], voting: torch.Tensor) -> Logits:
-        """Of the predictions, each at several scales, that vote for each image (B, len(outputs))."""
-        scales = [mean_probability_logits(list(scale), self.atlases.regions, voting) if len(outputs) > 1 else scale[0]
-                  for scale in zip(*outputs, strict=True)]
-        return scales if self.decoder.deep_supervision else scales[0]
+            found = self._of_one_modality(self.only(image[has], index), index, wanted)
+            for predict, outputs in single.items():
+                outputs.append([_in_rows(scale, has) for scale in found[predict]])
+        votes = torch.stack(voting, 1)
+        means = {predict: mean_at_all_scales(outputs, self.atlases.regions, votes)
+                 for predict, outputs in single.items()}
+        return {predict: scales if self.decoder.deep_supervision else scales[0] for predict, scales in means.items()}
 
     def only(self, image: torch.Tensor, modality: int | torch.Tensor) -> torch.Tensor:
         """``image`` (B, C, *spatial) with the channels of ``modality`` (one, or one for each patch) alone."""
@@ -92,17 +90,13 @@ class AtlasNetwork(nn.Module):
 
     def _of_one_modality(self, image: torch.Tensor, modality: int,
                          wanted: Sequence[Predict]) -> dict[str, list[torch.Tensor]]:
-        """Logits at each scale, finest first, of images of one modality."""
+        """Logits at each scale, finest first, of images of one modality: those wanted, and maybe others."""
         pyramid = self.encoders(image)
-        found: dict[str, list[torch.Tensor]] = {}
-        fused = self.atlas_probability(image, pyramid, modality) if set(wanted) != {"segmentation"} else None
-        for predict in wanted:
-            if predict == "segmentation" or fused is None:
-                found[predict] = pyramid[0]
-            elif predict == "atlas":
-                found[predict] = self._logits(fused, pyramid)
-            else:
-                found[predict] = self._logits((fused + probabilities(pyramid[0][0], self.atlases.regions)) / 2, pyramid)
+        found = {"segmentation": pyramid[0]}
+        if set(wanted) - set(found):
+            fused = self.atlas_probability(image, pyramid, modality)
+            head = probabilities(pyramid[0][0], self.atlases.regions)
+            found |= {"atlas": self._logits(fused, pyramid), "both": self._logits((fused + head) / 2, pyramid)}
         return found
 
     def _logits(self, probability: torch.Tensor, pyramid: Pyramid) -> list[torch.Tensor]:

@@ -40,12 +40,9 @@ class Atlases(nn.Module):
         device = self.modality.device
         labels = torch.stack(list(targets))
         unknown = torch.zeros_like(labels[:, :1], dtype=torch.bool) if seen is None else ~torch.stack(list(seen))
-        if self.regions:
-            kept = labels[:, : self.num_heads].to(torch.uint8)
-            unknown |= labels[:, -1:] > 0 if ignore_label is not None else False
-        else:
-            kept = labels.clamp_min(0).to(torch.uint8)
-            unknown |= labels == ignore_label if ignore_label is not None else False
+        if ignore_label is not None:
+            unknown |= labels[:, -1:] > 0 if self.regions else labels == ignore_label
+        kept = (labels[:, : self.num_heads] if self.regions else labels.clamp_min(0)).to(torch.uint8)
         stacked = torch.stack(list(images)).to(device)
         # half precision has 11 bits; intensities that were not normalised may need more
         self.images = stacked.half() if stacked.abs().max() <= _LARGEST_IN_HALF else stacked.float()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_semi.losses.predictions import Logits
+from nnunetv2_semi.losses.predictions import Logits, all_scales
 from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 
@@ -52,8 +52,7 @@ class ModalityBranches(nn.Module):
     def mean(self, image: torch.Tensor, each: Mapping[str, Logits]) -> Logits:
         """As ``forward``, of what ``each`` gives."""
         present = present_modalities(present_channels(image), self.channels.values())
-        outputs = [[logits] if isinstance(logits, torch.Tensor) else logits for logits in each.values()]
-        scales = [mean_probability_logits(scale, self.regions, present) for scale in zip(*outputs, strict=True)]
+        scales = mean_at_all_scales([all_scales(logits) for logits in each.values()], self.regions, present)
         return scales[0] if isinstance(each[self.names[0]], torch.Tensor) else scales
 
 
@@ -70,6 +69,14 @@ class SingleModality(nn.Module):
     def forward(self, image: torch.Tensor) -> Logits:
         """``image`` (B, C, *spatial) -> the branch's logits (B, K, *spatial), or a list of them."""
         return self.network(image[:, self.channels])
+
+
+def mean_at_all_scales(outputs: Sequence[Sequence[torch.Tensor]], regions: bool,
+                       voting: torch.Tensor) -> list[torch.Tensor]:
+    """`mean_probability_logits` at each scale of ``outputs``: predictions at several scales; one counts as it is."""
+    if len(outputs) == 1:
+        return list(outputs[0])
+    return [mean_probability_logits(scale, regions, voting) for scale in zip(*outputs, strict=True)]
 
 
 def mean_probability_logits(logits: Sequence[torch.Tensor], regions: bool,

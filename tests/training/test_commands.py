@@ -122,8 +122,7 @@ def test_rcps_trains_and_its_export_predicts_without_this_package(trained, tools
     images = raw(workspace) / "imagesTs"
     tools.predict_without_this_package(workspace, images, tmp_path / "alone", tmp_path / "exported")
     folders = "-i", str(images), "-o", str(tmp_path / "with")
-    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *tools.on_cpu,
-              *tools.one_process)
+    tools.run(workspace, "nnUNetv2_predict", *folders, *model, "-f", "0", *tools.on_cpu, *tools.one_process)
     prediction, = (tmp_path / "alone").glob("*.nii.gz")
     assert np.array_equal(read(prediction), read(tmp_path / "with" / prediction.name))
 
