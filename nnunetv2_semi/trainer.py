@@ -32,6 +32,7 @@ from nnunetv2_semi.distributed import (
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.logs import PREFIX, EpochValues, SemiLocalLogger, to_floats
 from nnunetv2_semi.losses.predictions import Logits, dice_from_counts
+from nnunetv2_semi.losses.weighted_dice_ce import WeightedDiceCE
 from nnunetv2_semi.methods.base import Batch, Context, Method
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
@@ -105,17 +106,22 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.loss = self._build_loss()
         one_pass = self._one_pass()
         num_heads = self.label_manager.num_segmentation_heads
+        scale_weights = tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,)))
         context = Context(
             supervised_loss=lambda output, target: self.loss(output, target),
+            weighted_loss=WeightedDiceCE(self.label_manager.has_regions, scale_weights,
+                                         self.configuration_manager.batch_dice, self.is_ddp),
             regions=self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
             spacing=tuple(self.configuration_manager.spacing), modalities=self.modalities,
             one_pass=one_pass, images_per_pass=self._images_per_pass(), sum_over_processes=sum_over_processes,
             rows_of_all_processes=rows_of_all_processes,
-            scale_weights=tuple(float(weight) for weight in getattr(self.loss, "weight_factors", (1.0,))),
+            scale_weights=scale_weights,
             patch_size=tuple(self.configuration_manager.patch_size), image_size=self._image_size(), num_heads=num_heads,
             build_network=lambda channels: nnUNetTrainer.build_network_architecture(
                 self.plans_manager, self.configuration_manager, channels, num_heads, self.enable_deep_supervision),
-            training_cases=lambda: training_data.whole_training_cases(self, self.modalities))
+            training_cases=lambda: training_data.whole_training_cases(self, self.modalities),
+            mirror_axes=tuple(self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] or ()),
+            single_components=lambda: training_data.single_components(self))
         for warning in self.method_class.check(context, self.settings):
             self.print_to_log_file(f"WARNING: {warning}")
 

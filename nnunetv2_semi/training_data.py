@@ -16,6 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_semi import compat
+from nnunetv2_semi.data.largest_component import number_of_components
 from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
 from nnunetv2_semi.data.modalities import CaseChannels, ModalityDrop
 from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
@@ -94,6 +95,21 @@ def whole_training_cases(trainer: nnUNetTrainer, modalities: Mapping[str, Sequen
         present = channels.present([name], len(image))
         own = present_modalities(present, modalities.values())[0].nonzero()[:, 0].tolist()
         yield WholeCase(name, fill_absent(sample["image"], present[0]), sample["segmentation"], own)
+
+
+def single_components(trainer: nnUNetTrainer) -> bool:
+    """See ``Context.single_components``."""
+    names = sorted(trainer.do_split()[0])
+    dataset = infer_dataset_class(trainer.preprocessed_dataset_folder)(trainer.preprocessed_dataset_folder, names)
+    labels, slices = trainer.label_manager, len(trainer.configuration_manager.patch_size) == 2
+    classes = [region if isinstance(region, (tuple, list)) else (region,) for region in
+               (labels.foreground_regions if labels.has_regions else labels.foreground_labels)]
+    for name in names:
+        segmentation = np.asarray(dataset.load_case(name)[1][:])[0]
+        for single in segmentation if slices else [segmentation]:
+            if any(number_of_components(np.isin(single, members)) > 1 for members in classes):
+                return False
+    return True
 
 
 def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mapping[str, nnUNetDataLoader],

@@ -23,8 +23,17 @@ def largest_components(labels: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(kept).to(labels)
 
 
+def number_of_components(mask: np.ndarray) -> int:
+    """How many connected components a mask has; voxels that share a corner are connected."""
+    return _components(mask)[1]
+
+
+def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    return ndimage.label(mask, np.ones((3,) * mask.ndim))
+
+
 def _largest_component(mask: np.ndarray) -> np.ndarray:
-    components, count = ndimage.label(mask, np.ones((3,) * mask.ndim))
+    components, count = _components(mask)
     if count == 1:
         return mask
     return components == 1 + np.bincount(components.ravel())[1:].argmax()

@@ -83,7 +83,8 @@ class WholeCase:
 class Context:
     """What the trainer tells a method.
 
-    supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. regions: region-based labels.
+    supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. weighted_loss: the same of (logits,
+    labels, weight of each voxel), see `WeightedDiceCE`. regions: region-based labels.
     spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. one_pass: join a step's passes.
     images_per_pass: where they are not joined and their graphs are needed at once, so many go through together.
     sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
@@ -92,10 +93,13 @@ class Context:
     patch_size: voxels per axis. image_size: median of the images, voxels of the configuration's spacing; three axes
     where patches are slices of 3D images. num_heads: channels of the logits. build_network: another network of the
     plan's architecture, freshly initialised, for so many input channels. training_cases: the fold's labelled training
-    cases, in alphabetical order, read one by one.
+    cases, in alphabetical order, read one by one. mirror_axes: spatial axes of a patch that may be mirrored, from 0.
+    single_components: whether each foreground label is one connected component in every labelled training case that
+    has it (in 2D in every slice); reads their labels.
     """
 
     supervised_loss: Callable[[Logits, Target], torch.Tensor]
+    weighted_loss: Callable[[Logits, torch.Tensor, torch.Tensor], torch.Tensor]
     regions: bool
     ignore_label: int | None
     spacing: tuple[float, ...]
@@ -110,6 +114,8 @@ class Context:
     num_heads: int
     build_network: Callable[[int], nn.Module]
     training_cases: Callable[[], Iterator[WholeCase]]
+    mirror_axes: tuple[int, ...]
+    single_components: Callable[[], bool]
 
 
 class Method(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
@@ -17,16 +17,23 @@ from torch import nn
 from nnunetv2_semi.losses.hard_labels import hard_labels, voxel_cross_entropy
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 
 
 @dataclass(frozen=True)
-class CPSSettings(BaseSettings):
-    """cps_weight: lambda, of all four cross-entropies to pseudo-labels. ramp_fraction: share of training over which it
-    ramps up (the paper's is constant: 0; its networks are pretrained, these begin at random)."""
+class CPSSettings(PerturbationSettings):
+    """cps_weight: lambda, of each loss of a network to the other one's labels. ramp_fraction: share of training over
+    which it ramps up (the paper's is constant: 0; its networks are pretrained, these begin at random). cps_loss:
+    nnU-Net's Dice and cross-entropy at all scales ("dice_ce"), or the paper's cross-entropy ("ce"). labelled_too: on
+    labelled patches as well, as in the paper without CutMix. perturb: CutMix and an intensity view of unlabelled
+    patches, see `PerturbationSettings`; the paper has CutMix as a variant."""
 
-    cps_weight: float = 1.5
-    ramp_fraction: float = 1.0
+    cps_weight: float = 1.0
+    ramp_fraction: float = 0.2
+    cps_loss: Literal["dice_ce", "ce"] = "dice_ce"
+    labelled_too: bool = False
+    perturb: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,8 +41,10 @@ class CPSSettings(BaseSettings):
 
 
 class CPS(Method):
-    """Supervised loss of both networks + w(t) (CE(p_1, y_2) + CE(p_2, y_1)), each the mean over voxels, on labelled and
-    on unlabelled patches; y_n: what network n decides. The first network is deployed.
+    """Supervised loss of both networks + w(t) (L(z_1, y_2) + L(z_2, y_1)) on perturbed unlabelled patches.
+
+    y_n: what network n decides on the patches as nnU-Net augmented them, mixed as these are. The first network is
+    deployed.
     """
 
     name: ClassVar[str] = "CPS"
@@ -52,29 +61,43 @@ class CPS(Method):
         return 4
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
-        one_pass, regions = self.context.one_pass, self.context.regions
-        first, second = (self.passes(network, batch.labelled, batch.unlabelled)
-                         for network in (self.student, self.second))
+        decided = {"unlabelled": self._decisions(batch.unlabelled)}
+        if self.settings.labelled_too:
+            decided["labelled"] = self._decisions(batch.labelled)
+        self.note_agreement(*decided["unlabelled"])
+        image = batch.unlabelled
+        if self.settings.perturb:
+            image, mixing = perturbed(image, self.settings)
+            decided["unlabelled"] = tuple(mixing.of(p) for p in decided["unlabelled"])
+        passes = [(name, self.passes(network, batch.labelled, image)) for name, network in self._networks()]
         for stream in ("labelled", "unlabelled"):
-            # One graph at a time: the first network needs the second one's labels before its pass with a graph.
-            output_2 = next(second) if one_pass else self._without_graph(getattr(batch, stream))
-            output_1 = next(first)
-            p_1, p_2 = (probabilities(output, regions).detach() for output in (output_1, output_2))
-            self.note_agreement(p_1, p_2)  # that of the unlabelled patches remains
-            yield self._terms("first", output_1, p_2, batch, stream)
-            yield self._terms("second", output_2 if one_pass else next(second), p_1, batch, stream)
+            for index, (name, outputs) in enumerate(passes):
+                output, terms = next(outputs), []
+                if stream == "labelled":
+                    terms.append(self.supervised(output, batch.target, f"supervised_{name}"))
+                if stream in decided:
+                    terms.append(self._term(f"cps_{stream}_{name}", output, decided[stream][1 - index]))
+                yield terms
 
-    def _terms(self, name: str, output: Logits, other: torch.Tensor, batch: Batch, stream: str) -> list[Term]:
-        """A network's terms on a stream; ``other``: the other network's probabilities."""
-        labels, _ = hard_labels(other, self.context.regions)
-        cross_entropy = voxel_cross_entropy(full_resolution(output), labels, self.context.regions).mean()
-        term = Term(f"cps_{stream}_{name}", cross_entropy,
-                    self.unlabelled_weight(self.settings.cps_weight, self.settings.ramp_fraction))
-        return [self.supervised(output, batch.target, f"supervised_{name}"), term] if stream == "labelled" else [term]
+    def _networks(self) -> list[tuple[str, nn.Module]]:
+        return [("first", self.student), ("second", self.second)]
 
     @torch.no_grad()
-    def _without_graph(self, image: torch.Tensor) -> Logits:
-        return self.second(image)
+    def _decisions(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Probabilities of both networks."""
+        decided = tuple(probabilities(network(image), self.context.regions) for _, network in self._networks())
+        # Older versions of torch would use half-precision weights made without a graph for passes with one.
+        torch.clear_autocast_cache()
+        return decided
+
+    def _term(self, name: str, output: Logits, other: torch.Tensor) -> Term:
+        """Loss of a network's ``output`` to what the ``other`` one's probabilities decide."""
+        labels, confidence = hard_labels(other, self.context.regions)
+        if self.settings.cps_loss == "dice_ce":
+            value = self.context.weighted_loss(output, labels, torch.ones_like(confidence, dtype=torch.bool))
+        else:
+            value = voxel_cross_entropy(full_resolution(output), labels, self.context.regions).mean()
+        return Term(name, value, self.unlabelled_weight(self.settings.cps_weight, self.settings.ramp_fraction))
 
     def parts(self) -> dict[str, nn.Module]:
         return {"second": self.second}

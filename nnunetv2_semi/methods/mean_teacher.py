@@ -12,29 +12,39 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.losses.consistency import mean_squared_difference
 from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.teachers import EMATeacher
 
 
 @dataclass(frozen=True)
-class MeanTeacherSettings(BaseSettings):
-    """consistency_weight: of the mean squared difference of probabilities. ramp_fraction: share of training over which
-    it ramps up. ema_decay: of the teacher. noise: standard deviation of the noise on inputs (z-scored intensities).
-    deploy: which network is validated and deployed."""
+class MeanTeacherSettings(PerturbationSettings):
+    """perturbation: of the student's patches, "strong" (CutMix and an intensity view, see `PerturbationSettings`; the
+    teacher sees the patches as nnU-Net augmented them) or the literature's "noise" (on both networks' patches).
+    consistency_weight: of the mean squared difference of probabilities. ramp_fraction: share of training over which it
+    ramps up. ema_decay: of the teacher; None: follows the length of training. noise: its standard deviation (z-scored
+    intensities). deploy: which network is validated and deployed. The literature's: "noise", weight 0.1, ramp 1.0."""
 
-    consistency_weight: float = 0.1
-    ramp_fraction: float = 1.0
-    ema_decay: float = 0.99
+    perturbation: Literal["strong", "noise"] = "strong"
+    consistency_weight: float = 10.0
+    ramp_fraction: float = 0.2
+    ema_decay: float | None = None
     noise: float = 0.1
     deploy: Literal["teacher", "student"] = "teacher"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(0, "consistency_weight", "ramp_fraction", "noise")
+        self.fractions("ema_decay")
+
 
 class MeanTeacher(Method):
-    """Supervised loss + w(t) mean (p - p')^2 to the EMA teacher, noise on both inputs."""
+    """Supervised loss + w(t) mean (p - p')^2 to the EMA teacher, the student's patches perturbed."""
 
     name: ClassVar[str] = "MeanTeacher"
     Settings: ClassVar[type[BaseSettings]] = MeanTeacherSettings
@@ -42,18 +52,29 @@ class MeanTeacher(Method):
 
     def __init__(self, student: nn.Module, settings: MeanTeacherSettings, context: Context) -> None:
         super().__init__(student, settings, context)
-        self.teacher = EMATeacher(student, settings.ema_decay)
+        self.teacher = EMATeacher(student, settings.teacher_decay(settings.ema_decay))
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
-        regions, noise = self.context.regions, self.settings.noise
-        passes = self.passes(self.student, batch.labelled, with_noise(batch.unlabelled, noise))
+        regions, image = self.context.regions, batch.unlabelled
+        students, mixing = self._students_patches(image)
+        passes = self.passes(self.student, batch.labelled, students)
         yield [self.supervised(next(passes), batch.target)]
-        teacher = probabilities(self.teacher(with_noise(batch.unlabelled, noise)), regions)
-        counted = self.counted(batch.unlabelled)
+        teacher = mixing.of(probabilities(self.teacher(self.teachers_patches(image)), regions))
+        counted = self.counted(image)
         student = probabilities(next(passes), regions)
         self.note_agreement(teacher, student)
         weight = self.unlabelled_weight(self.settings.consistency_weight, self.settings.ramp_fraction)
-        yield [Term("consistency", mean_squared_difference(student, teacher, counted), weight)]
+        yield [Term("consistency", mean_squared_difference(student, teacher, None if counted is None else
+                                                           mixing.of(counted)), weight)]
+
+    def _students_patches(self, image: torch.Tensor) -> tuple[torch.Tensor, CutMix]:
+        if self.settings.perturbation == "strong":
+            return perturbed(image, self.settings)
+        return with_noise(image, self.settings.noise), CutMix.draw(image, 0.0)
+
+    def teachers_patches(self, image: torch.Tensor) -> torch.Tensor:
+        """What the teacher sees of unlabelled patches (B, C, *spatial)."""
+        return image if self.settings.perturbation == "strong" else with_noise(image, self.settings.noise)
 
     def counted(self, image: torch.Tensor) -> torch.Tensor | None:
         """Voxels of unlabelled patches (B, C, *spatial) at which consistency counts, see `mean_squared_difference`."""

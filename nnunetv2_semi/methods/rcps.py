@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import IntensityViews
 from nnunetv2_semi.losses.predictions import Logits, all_scales, class_codes, full_resolution, probabilities
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
@@ -34,21 +35,24 @@ _VIEWS = 2
 
 @dataclass(frozen=True)
 class RCPSSettings(BaseSettings):
-    """Rectified pseudo supervision: pseudo_weight (alpha; the paper's 0.1 for the left atrium, 0.2 elsewhere), rectify
-    (weigh by e^-D and minimise D), sharpening (temperature of the pseudo-label), consistency (cosine of the views).
+    """Rectified pseudo supervision: pseudo_weight (alpha; the paper's 0.1 for the left atrium, 0.2 elsewhere, beside
+    half of nnU-Net's loss), rectify (weigh by e^-D and minimise D), sharpening (temperature of the pseudo-label),
+    consistency (cosine of the views), cutmix (sides of the box of the next unlabelled patch in the views, fraction of
+    the patch's; the paper has none: 0).
     Contrast: contrast (have it at all), contrast_weight (beta), contrast_temperature, num_negatives, bidirectional,
     negatives ("confident", or "random" ones of another class), max_anchors (voxels a stream that are anchors, drawn
     anew each step; None: all), negatives_from_all_processes (with several GPUs), buffer_steps (earlier steps whose
     negatives are kept), projection_channels, projection_resolution (patch voxels per feature voxel along an axis).
     Views: view_gamma (the paper's: 0), view_scale, view_shift, view_noise, view_noise_probability (see
     `IntensityViews.draw`), view_shift_by ("std", or the paper's "mean", which does nothing to z-scored images).
-    ramp_fraction: share of training over which both weights ramp up.
+    ramp_fraction: share of training over which both weights ramp up (the paper's: 1).
     """
 
-    pseudo_weight: float = 0.1
+    pseudo_weight: float = 0.5
     rectify: bool = True
     sharpening: float = 0.5
     consistency: bool = True
+    cutmix: float = 0.5
     contrast: bool = True
     contrast_weight: float = 0.1
     contrast_temperature: float = 0.1
@@ -66,14 +70,15 @@ class RCPSSettings(BaseSettings):
     view_shift_by: Literal["std", "mean"] = "std"
     view_noise: float = 0.1
     view_noise_probability: float = 0.5
-    ramp_fraction: float = 1.0
+    ramp_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.fractions("cutmix", "view_noise_probability")
         self.positive("sharpening", "contrast_temperature")
         self.at_least(1, "num_negatives", "projection_channels", "projection_resolution")
         self.at_least(0, "pseudo_weight", "contrast_weight", "buffer_steps", "view_gamma", "view_scale", "view_shift",
-                      "view_noise")
+                      "view_noise", "ramp_fraction")
         self.require("max_anchors", self.max_anchors is None or self.max_anchors >= 1, "at least 1, or null")
 
 
@@ -88,6 +93,11 @@ class _Versions:
     probability: torch.Tensor
     views: list[Logits]
     features: list[torch.Tensor]
+
+    def mixed(self, mixing: CutMix) -> _Versions:
+        """Where the views are of mixed patches: what the originals give, mixed as these."""
+        return _Versions(mixing.of(self.original), mixing.of(self.probability), self.views,
+                         [mixing.of(self.features[0]), *self.features[1:]] if self.features else [])
 
 
 class RCPS(Method):
@@ -128,9 +138,9 @@ class RCPS(Method):
         yield terms
 
     def _outputs(self, batch: Batch) -> tuple[_Versions, _Versions]:
-        images = []
-        for original in (batch.labelled, batch.unlabelled):
-            images += [original, *self._views(_VIEWS, original)]
+        mixing = CutMix.draw(batch.unlabelled, self.settings.cutmix)
+        images = [batch.labelled, *self._views(_VIEWS, batch.labelled),
+                  batch.unlabelled, *self._views(_VIEWS, mixing.of(batch.unlabelled))]
         network = self.student if self.projected is None else self.projected
         outputs = list(self.passes(network, *images, together=True))
         streams = []
@@ -138,7 +148,7 @@ class RCPS(Method):
             logits = versions if self.projected is None else [single for single, _ in versions]
             features = [] if self.projected is None else [single for _, single in versions]
             streams.append(_Versions(logits[0], self._probability(logits[0]), logits[1:], features))
-        return streams[0], streams[1]
+        return streams[0], streams[1].mixed(mixing)
 
     def _probability(self, output: Logits) -> torch.Tensor:
         with torch.no_grad():

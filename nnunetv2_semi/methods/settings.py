@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar, Union
 
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.schedules import decay_for_length
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,13 @@ class Settings:
             self.require(name, getattr(self, name) > 0, "greater than 0")
 
     def fractions(self, *names: str) -> None:
-        """Raise UserError unless each of the settings ``names`` is between 0 and 1."""
+        """Raise UserError unless each of the settings ``names`` is between 0 and 1, or None."""
         for name in names:
-            self.require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+            self.require(name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "between 0 and 1")
+
+    def teacher_decay(self, ema_decay: float | None) -> float:
+        """``ema_decay``; of None the decay that suits the length of the training, see `decay_for_length`."""
+        return decay_for_length(self.num_epochs * self.num_iterations_per_epoch) if ema_decay is None else ema_decay
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -22,18 +22,19 @@ from nnunetv2_semi.schedules import sigmoid_ramp_up
 
 @dataclass(frozen=True)
 class UAMTSettings(MeanTeacherSettings):
-    """Besides Mean Teacher's, of which ramp_fraction ramps the threshold too: passes (of the teacher, for its
-    uncertainty), threshold (entropy below which a voxel counts, at the start, in units of its maximum; it ramps up to
-    1)."""
+    """Besides Mean Teacher's: passes (of the teacher, for its uncertainty), threshold (entropy below which a voxel
+    counts, at the start, in units of its maximum), threshold_ramp (share of training over which that ramps up to 1)."""
 
     deploy: Literal["teacher", "student"] = "student"
     passes: int = 8
     threshold: float = 0.75
+    threshold_ramp: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "passes")
         self.fractions("threshold")
+        self.at_least(0, "threshold_ramp")
 
 
 class UAMT(MeanTeacher):
@@ -46,13 +47,14 @@ class UAMT(MeanTeacher):
     settings: UAMTSettings
 
     def counted(self, image: torch.Tensor) -> torch.Tensor:
+        """By the uncertainty over noisy passes, whatever the student's perturbation is."""
         settings, regions = self.settings, self.context.regions
         total: torch.Tensor | float = 0.0
         with self.teacher.dropout_active():
             for _ in range(settings.passes):
                 total = total + probabilities(self.teacher(with_noise(image, settings.noise)), regions)
         mean = torch.as_tensor(total) / settings.passes
-        ramp = sigmoid_ramp_up(self.progress, settings.ramp_fraction)
+        ramp = sigmoid_ramp_up(self.progress, settings.threshold_ramp)
         threshold = settings.threshold + (1 - settings.threshold) * ramp
         certain = predictive_entropy(mean, regions) < threshold * math.log(2 if regions else mean.shape[1])
         self.metrics["unlabelled_voxels_used"] = certain.float().mean()

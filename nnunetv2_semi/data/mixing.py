@@ -1,0 +1,62 @@
+"""Boxes of patches pasted into other patches: images, targets, labels and masks together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from nnunetv2_semi.data.boxes import Boxes
+from nnunetv2_semi.losses.hard_labels import nearest
+from nnunetv2_semi.losses.predictions import Logits
+from nnunetv2_semi.present_channels import present_channels
+
+Patches = TypeVar("Patches", torch.Tensor, Logits, torch.Tensor | list[torch.Tensor])
+
+
+def paste(inside: torch.Tensor, pasted: Patches, onto: Patches) -> Patches:
+    """``onto`` outside of the boxes, ``pasted`` within.
+
+    Args:
+        inside: bool (B, 1, *spatial), True in the boxes.
+        pasted: (B, C, *spatial), or a list of such tensors at a network's scales; boxes are resampled to each.
+        onto: the same.
+    """
+    if isinstance(onto, torch.Tensor):
+        assert isinstance(pasted, torch.Tensor)
+        return torch.where(nearest(inside, onto.shape[2:]), pasted, onto)
+    return [paste(inside, box, whole) for box, whole in zip(pasted, onto, strict=True)]
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Which voxels of each patch of a batch come from the next patch of the batch.
+
+    Patches of which one lacks a channel that the other has are not mixed: a patch shows the channels of one case.
+
+    Source: Yun et al., "CutMix: regularization strategy to train strong classifiers with localizable features", ICCV
+    2019; for segmentation French et al., "Semi-supervised semantic segmentation needs strong, varied perturbations",
+    BMVC 2020.
+
+    inside: bool (B, 1, *spatial).
+    """
+
+    inside: torch.Tensor
+
+    @classmethod
+    def draw(cls, image: torch.Tensor, share: float) -> CutMix:
+        """A random box in each patch of ``image`` (B, C, *spatial), ``share`` of its sides; 0: nothing is mixed.
+
+        Draws from torch's global random state of the CPU.
+        """
+        inside = Boxes.draw(len(image), image.shape[2:], share).inside(image.device)
+        present = present_channels(image)
+        same = (present == present.roll(-1, 0)).all(1)
+        return cls(inside & same.view(-1, *[1] * (image.ndim - 1)))
+
+    def of(self, patches: Patches) -> Patches:
+        """``patches`` (B, C, *spatial), or a list of such tensors at a network's scales, mixed."""
+        if isinstance(patches, torch.Tensor):
+            return paste(self.inside, patches.roll(-1, 0), patches)
+        return [self.of(scale) for scale in patches]

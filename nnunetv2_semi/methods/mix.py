@@ -1,0 +1,167 @@
+"""Mix, the recommended trainer: an averaged teacher labels unlabelled patches, the student learns from mixed ones.
+
+Nothing in it is new by itself. An EMA teacher (Tarvainen and Valpola, NeurIPS 2017) labels the patch as nnU-Net
+augmented it; the student sees it with a box of another patch (CutMix; French et al., BMVC 2020) and with other
+intensities (FixMatch; Sohn et al., NeurIPS 2020); labelled patches are pasted into each other too (BCP; Bai et al.,
+CVPR 2023); and all labels, true or not, go through nnU-Net's own Dice and cross-entropy at all scales, as in
+nnFilterMatch (arXiv 2509.19746).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from nnunetv2_semi.data.flips import Flips
+from nnunetv2_semi.data.largest_component import largest_components
+from nnunetv2_semi.data.mixing import CutMix, paste
+from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels
+from nnunetv2_semi.losses.predictions import all_scales, probabilities
+from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.perturbation import PerturbationSettings, intensity_view
+from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.supervised import SupervisedSettings, pasted_into_each_other
+from nnunetv2_semi.teachers import EMATeacher
+
+
+@dataclass(frozen=True)
+class MixSettings(PerturbationSettings, SupervisedSettings):
+    """labelled_mixing, labelled_box: see `SupervisedSettings`. cutmix, view_...: see `PerturbationSettings`.
+    pseudo_weight: of nnU-Net's loss on pseudo-labels. start: share of training on labels alone. ramp_fraction: share of
+    training at which the weight is full. voxels: which pseudo-labels count: "confident" (at least ``confidence``),
+    "class" (each class has a threshold of its own, its mean confidence in the batch, at most ``confidence``),
+    "weighted" (each by its confidence), "all". partner: whose box is pasted into an unlabelled patch: another
+    "unlabelled" patch's, a "labelled" one's with its true labels, or "both", for half of the patches each.
+    spatial_view: "flips" mirrors the student's patch and its labels anew, as far as mirroring is allowed.
+    largest_component: of each class of a pseudo-label; None: where every labelled training case has one component of
+    each. ema_decay: of the teacher; None: follows the length of training. deploy: which network is deployed.
+    """
+
+    labelled_mixing: float = 1.0
+    pseudo_weight: float = 1.0
+    start: float = 0.05
+    ramp_fraction: float = 0.2
+    voxels: Literal["confident", "class", "weighted", "all"] = "confident"
+    confidence: float = 0.8
+    partner: Literal["unlabelled", "labelled", "both"] = "unlabelled"
+    spatial_view: Literal["none", "flips"] = "none"
+    largest_component: bool | None = False
+    ema_decay: float | None = None
+    deploy: Literal["teacher", "student"] = "teacher"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(0, "pseudo_weight", "ramp_fraction")
+        self.fractions("confidence", "start", "ema_decay")
+
+
+class Mix(Method):
+    """L(x, y) + w_l L(mixed x, mixed y) + w(t) L_w(view of mixed u, mixed labels of the teacher); L: nnU-Net's loss.
+
+    x: labelled patches. u: unlabelled ones. L_w: over voxels whose label counts. A step costs three passes with a
+    gradient and one without.
+    """
+
+    name: ClassVar[str] = "Mix"
+    Settings: ClassVar[type[BaseSettings]] = MixSettings
+    settings: MixSettings
+
+    def __init__(self, student: nn.Module, settings: MixSettings, context: Context) -> None:
+        super().__init__(student, settings, context)
+        self.teacher = EMATeacher(student, settings.teacher_decay(settings.ema_decay))
+        self._keeps_largest = context.single_components() if settings.largest_component is None \
+            else settings.largest_component
+
+    @classmethod
+    def graphs(cls, settings: BaseSettings) -> int:
+        return 3
+
+    def loss(self, batch: Batch) -> Iterator[list[Term]]:
+        settings = self.settings
+        images, targets = [batch.labelled], [batch.target]
+        if settings.labelled_mixing > 0:
+            image, target = pasted_into_each_other(batch, settings.labelled_box)
+            images, targets = [*images, image], [*targets, target]
+        weight = self._weight()
+        if weight > 0:
+            image, labels, counted = self._pseudo_labelled(batch)
+            images = [*images, image]
+        passes = self.passes(self.student, *images)
+        yield [self.supervised(next(passes), targets[0])]
+        if len(targets) == 2:
+            yield [self.supervised(next(passes), targets[1], "labelled_mixing", settings.labelled_mixing)]
+        if weight > 0:
+            yield [Term("pseudo_label", self.context.weighted_loss(next(passes), labels, counted), weight)]
+
+    def _weight(self) -> float:
+        settings = self.settings
+        if self.progress < settings.start:
+            return 0.0
+        return self.unlabelled_weight(settings.pseudo_weight, settings.ramp_fraction)
+
+    def _pseudo_labelled(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The student's patches, their labels, and the weight of each voxel's label."""
+        settings, regions = self.settings, self.context.regions
+        teacher = probabilities(self.teacher(batch.unlabelled), regions)
+        labels, confidence = hard_labels(teacher, regions)
+        counted = self._counted(labels, confidence)
+        self.metrics["unlabelled_voxels_used"] = counted.float().mean()
+        self.metrics["confident_foreground"] = _share_of_foreground(labels, counted)
+        if self._keeps_largest:
+            labels = largest_components(labels)
+        mixing = CutMix.draw(batch.unlabelled, settings.cutmix)
+        image, labels, counted = self._mixed(batch, mixing, batch.unlabelled, labels, counted)
+        image = intensity_view(image, settings)
+        if settings.spatial_view == "flips":
+            flips = Flips.draw(len(image), self.context.mirror_axes)
+            image, labels, counted = flips.of(image), flips.of(labels), flips.of(counted)
+        return image, labels, counted
+
+    def _counted(self, labels: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+        """Weight of each pseudo-label, in the layout of ``labels``."""
+        voxels, threshold = self.settings.voxels, self.settings.confidence
+        if voxels == "all":
+            return torch.ones_like(confidence, dtype=torch.bool)
+        if voxels == "weighted":
+            return confidence
+        if voxels == "confident":
+            return confidence >= threshold
+        counted = torch.zeros_like(confidence, dtype=torch.bool)
+        for label in range(self.context.num_heads if not self.context.regions else 2):
+            own = labels == label
+            mean = (confidence * own).sum() / own.sum().clamp_min(1)
+            counted |= own & (confidence >= mean.clamp(max=threshold))
+        return counted
+
+    def _mixed(self, batch: Batch, mixing: CutMix, image: torch.Tensor, labels: torch.Tensor,
+               counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Patches, labels and weights with the boxes pasted in, from other unlabelled patches or from labelled ones."""
+        mixed = mixing.of(image), mixing.of(labels), mixing.of(counted)
+        if self.settings.partner == "unlabelled":
+            return mixed
+        truth, known = known_labels(all_scales(batch.target)[0], self.context.regions, self.context.ignore_label)
+        partner = torch.arange(len(image), device=image.device) % len(batch.labelled)
+        known = known.expand(-1, counted.shape[1], *known.shape[2:])
+        pasted = tuple(paste(mixing.inside, labelled[partner].to(own), own) for labelled, own in
+                       ((batch.labelled, image), (truth, labels), (known, counted)))
+        if self.settings.partner == "labelled":
+            return pasted  # type: ignore[return-value]
+        half = (len(image) + 1) // 2
+        first, second, third = (torch.cat([a[:half], b[half:]]) for a, b in zip(mixed, pasted, strict=True))
+        return first, second, third
+
+    def after_step(self) -> None:
+        self.teacher.update()
+
+    def deployable(self) -> nn.Module:
+        return self.teacher.network if self.settings.deploy == "teacher" else self.student
+
+
+def _share_of_foreground(labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Share of the voxels with a foreground pseudo-label that count, a scalar."""
+    foreground = labels > 0
+    return (counted * foreground).sum() / foreground.sum().clamp_min(1)
