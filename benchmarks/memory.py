@@ -1,8 +1,8 @@
 """Peak memory of a training step, relative to that of nnU-Net's own trainer.
 
 1. With the plans of nnU-Net's own planner: what a GPU must have beyond what stock nnU-Net needs.
-2. With the plans of nnUNetPlannerSemi for the same memory: whether Semi-CML with joined passes fits where stock nnU-Net
-   with its own plans does, as planned and as measured.
+2. With the plans of nnUNetPlannerSemi for joined passes ("plan_joined_passes" in dataset.json) and the same memory:
+   whether Semi-CML with joined passes fits where stock nnU-Net with its own plans does, as planned and as measured.
 
 Everything is counted: weights, gradients, momentum, teachers, the batch, and what the backward pass keeps. To run on a
 CPU in a minute, networks have a quarter of nnU-Net's features and are planned for 1/32 of its 8 GB. What methods hold
@@ -77,7 +77,7 @@ def weights_share(data: Phantom, plans: dict, peak: int) -> float:
 
 
 def planned_gb(data: Phantom, plans: dict) -> float:
-    """nnU-Net's own estimate for one network, scaled to the graphs that a step holds: GB as its planner counts them."""
+    """nnU-Net's own estimate for one pass, times the passes that were planned for: GB as its planner counts them."""
     configuration = plans["configurations"][CONFIGURATION]
     architecture = configuration["architecture"]
     network = get_network_from_plans(
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--one", choices=list(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--planner", choices=list(PLANNERS), default=STOCK_PLANNER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    with phantom(2, 1, (16, 16, 16), arguments.seed) as data:
+    with phantom(2, 1, (16, 16, 16), arguments.seed, plan_joined_passes=True) as data:
         shape = (arguments.image_side,) * 3
         names = [arguments.planner] if arguments.one else list(PLANNERS)
         plans = {name: data.plan(PLANNERS[name], arguments.gpu_memory, arguments.features, shape) for name in names}
@@ -134,7 +134,7 @@ def report(data: Phantom, plans: dict[str, dict], arguments: argparse.Namespace)
     print(table(["trainer", "peak", "ratio", *resident_column],
                 [row(name, STOCK_PLANNER, stock) for name in [STOCK, *chosen]]))
     print(f"\n2. Same memory to plan for; nnUNetPlannerSemi's patch {semi_plans['patch_size']}, batch size "
-          f"{semi_plans['batch_size']}, for {semi_plans['semi']['planned_graphs']} graphs\n")
+          f"{semi_plans['batch_size']}, for {semi_plans['semi']['planned_graphs']} joined passes\n")
     pairs = [(STOCK, STOCK_PLANNER), *((name, "nnUNetPlannerSemi") for name in chosen if "one_pass" in name)]
     print(table(["trainer", "planner", "planned", "peak", "ratio", *resident_column],
                 [row(name, planner, stock, planner, f"{planned_gb(data, plans[planner]):.3f} GB")

@@ -100,17 +100,24 @@ def _threads_for_processes() -> AbstractContextManager:
 
 
 @contextmanager
-def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int) -> Iterator[Phantom]:
-    """Make a two-modality phantom with its fingerprint; nnU-Net's folders point to it within the block."""
+def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int,
+            plan_joined_passes: bool = False) -> Iterator[Phantom]:
+    """Make a two-modality phantom with its fingerprint; nnU-Net's folders point to it within the block.
+
+    plan_joined_passes: as in the object "semi" of dataset.json.
+    """
     with tempfile.TemporaryDirectory(prefix="nnunetv2_semi_benchmark_") as folder:
         folders = {f"nnUNet_{name}": str(Path(folder) / name) for name in ("raw", "preprocessed", "results")}
         with mock.patch.dict(os.environ, {**folders, "nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"}):
             raw = make_phantom_dataset(Path(folders["nnUNet_raw"]), _DATASET_ID, labelled=labelled,
                                        unlabelled=unlabelled, test=0, shape=shape, seed=seed)
+            dataset_json = json.loads((raw / "dataset.json").read_text())
+            dataset_json["semi"]["plan_joined_passes"] = plan_joined_passes
+            (raw / "dataset.json").write_text(json.dumps(dataset_json))
             with _quiet(), _threads_for_processes():
                 extract_fingerprints([_DATASET_ID], num_processes=1)
             preprocessed = Path(folders["nnUNet_preprocessed"]) / raw.name
-            yield Phantom(raw, preprocessed, json.loads((raw / "dataset.json").read_text()))
+            yield Phantom(raw, preprocessed, dataset_json)
 
 
 def ready(trainer: nnUNetTrainer, patch_size: tuple[int, ...] | None = None) -> nnUNetTrainer:

@@ -25,13 +25,13 @@ def snapshot_file(number: int) -> str:
 
 
 def our_part(method_state: Mapping[str, object], method_name: str, semi: Mapping[str, object],
-             optimizer_states: list[dict]) -> dict[str, object]:
+             optimizer_states: list[dict], unlabelled_foreground: Mapping[str, object]) -> dict[str, object]:
     """What continues a training besides nnU-Net's own entries.
 
     The random state is not among it: every step's is drawn anew from (seed, step), so the epoch number says it all.
     """
     return {"version": __version__, "method": method_name, "semi": dict(semi), "method_state": dict(method_state),
-            "optimizer_states": optimizer_states}
+            "optimizer_states": optimizer_states, "unlabelled_foreground": dict(unlabelled_foreground)}
 
 
 def read_our_part(checkpoint: Mapping[str, object], method_name: str, path: str) -> dict:

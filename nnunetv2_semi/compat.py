@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable
 from unittest import mock
 
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
+from torch import nn
 
 from nnunetv2_semi.methods.settings import Settings
 
@@ -35,6 +38,19 @@ def training_transforms_without_target(trainer: nnUNetTrainer) -> Callable:
 def crossval_split(identifiers: list[str], num_folds: int) -> list[dict[str, list[str]]]:
     """nnU-Net's own seeded split, with another number of folds."""
     return generate_crossval_split(sorted(identifiers), seed=12345, n_splits=num_folds)
+
+
+def sliding_window(trainer: nnUNetTrainer, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """nnU-Net's sliding window, without overlap and mirroring: image (C, *spatial) -> logits (K, *spatial) on the CPU.
+
+    The network is used as it is, compiled or not; its deep supervision must be off.
+    """
+    predictor = nnUNetPredictor(tile_step_size=1.0, use_gaussian=False, use_mirroring=False,
+                                perform_everything_on_device=False, device=trainer.device, allow_tqdm=False)
+    with mock.patch.dict(os.environ, {"nnUNet_compile": "f"}):
+        predictor.manual_initialization(network, trainer.plans_manager, trainer.configuration_manager, None,
+                                        trainer.dataset_json, type(trainer).__name__, None)
+    return torch.no_grad()(predictor.predict_sliding_window_return_logits)
 
 
 def take_over_settings(trainer: nnUNetTrainer, settings: Settings) -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +22,65 @@ from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.data.phantom_anatomy import LABELS, MODALITIES
 from nnunetv2_semi.data.whole_files import write_json_whole
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.training_time import iterations_for, seconds_per_pass
 
-LABELLED, UNLABELLED, TEST = 4, 18, 6
-SHAPE = (24, 32, 24)
+# So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
+# 2D, so that a thousand iterations, after which the control lacks labels and not time, take minutes on a processor.
+LABELLED, UNLABELLED, TEST = 4, 60, 20
+SHAPE = (64, 64)
 DATASET_ID = 1
-CONFIGURATION = "3d_fullres"
+CONFIGURATION = "2d"
 COMMANDS = ("nnUNetv2_plan_and_preprocess", "nnUNetv2_train", "nnUNetv2_predict")
 PLANNER, PLANS = "nnUNetPlannerSemiCPU", "nnUNetSemiCPUPlans"
-TRAINERS = {"Supervised": "nnUNetTrainerSemiSupervised", "Semi-CML": "nnUNetTrainerSemiCML"}
 PICTURE = "demo.png"
 KEPT_FOLDER = "nnunetv2_semi_demo"
 EPOCHS = 10
+DEFAULT_ITERATIONS = 1000
 SHOWN_CASES = 3
+NEXT = """
+Next, with your own data set, number 7 say: put the unlabelled images into imagesUn/ beside imagesTr/, then
+  nnunetv2_semi doctor -d 7
+  nnUNetv2_plan_and_preprocess -d 7 -pl nnUNetPlannerSemi
+  nnUNetv2_train 7 3d_fullres 0 -p nnUNetSemiPlans -tr nnUNetTrainerSemiMix
+Which trainer suits which data: docs/which_trainer.md"""
 
-DEFAULT_MINUTES = 5.0
-SMALLEST_MINUTES = 3.0
 # Dice per structure per case.
 DicePerCase = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the demo's table: a trainer, and settings of the plans file's ``"semi"`` beside the common ones."""
+
+    trainer: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def plans_name(self, title: str) -> str:
+        """A plans file of its own, so that entries with one trainer keep their models apart."""
+        return f"{PLANS}_{title.replace(' ', '_')}"
+
+
+CONTROL = "Supervised"
+ENTRIES = {
+    CONTROL: Entry("nnUNetTrainerSemiSupervised"),
+    "Mix": Entry("nnUNetTrainerSemiMix"),
+    "MeanTeacher": Entry("nnUNetTrainerSemiMeanTeacher"),
+    "FixMatch": Entry("nnUNetTrainerSemiFixMatch"),
+    "CPS": Entry("nnUNetTrainerSemiCPS"),
+    "BCP": Entry("nnUNetTrainerSemiBCP"),
+    "RCPS": Entry("nnUNetTrainerSemiRCPS"),
+    "Semi-CML": Entry("nnUNetTrainerSemiCML"),
+}
+# Semi-CML trains a network for each modality and averages them: that alone differs from one network for both.
+CML_CONTROL = {"CML on labels": Entry("nnUNetTrainerSemiCML", {"unlabelled_weight": 0.0, "SemiCML": {"prel": False}})}
+
+
+def chosen_entries(titles: Sequence[str]) -> dict[str, Entry]:
+    """The entries of a run: the control, and before Semi-CML the same networks trained on labels alone."""
+    chosen = {CONTROL: ENTRIES[CONTROL]}
+    for title in titles:
+        chosen |= CML_CONTROL if title == "Semi-CML" else {}
+        chosen[title] = ENTRIES[title]
+    return chosen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the phantom's random numbers (default: 0)")
     parser.add_argument(
-        "--minutes",
-        type=float,
-        default=DEFAULT_MINUTES,
-        help=f"about how long it may take (default: {DEFAULT_MINUTES})",
-    )
+        "--trainers", nargs="+", default=["Mix"], choices=[title for title in ENTRIES if title != CONTROL],
+        help="beside the control (default: Mix)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--iterations", type=int, default=DEFAULT_ITERATIONS,
+        help=f"of each training, at least {EPOCHS} (default: {DEFAULT_ITERATIONS})",
+    )  # fmt: skip
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), default="cpu", help="as in nnU-Net (default: cpu)")
 
 
@@ -64,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: nnU-Net's commands are not there, or the folder for ``--keep`` exists already.
     """
     commands = {name: command_path(name) for name in COMMANDS}
-    if args.minutes < SMALLEST_MINUTES:
-        raise UserError(f"--minutes {args.minutes:g} leaves no time for training: give at least {SMALLEST_MINUTES:g}.")
+    if args.iterations < EPOCHS:
+        raise UserError(f"--iterations {args.iterations} is too few: give at least {EPOCHS}.")
     started = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.keep:
@@ -77,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
         work = Path(tempfile.mkdtemp(prefix="nnunetv2_semi_demo_"))
     try:
         with ended_by_sigterm():
-            Demo(work, commands, args.device, args.seed, args.minutes, args.folder / PICTURE).run()
+            Demo(work, commands, chosen_entries(args.trainers), args.device, args.seed, args.iterations,
+                 args.folder / PICTURE).run()
     except CommandFailed as failure:
         print(f"\n{failure}", file=sys.stderr)
         return 1
@@ -92,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         print("\nTo look around with nnU-Net's commands:")
         for variable, folder in _nnunet_folders(work).items():
             print(f"export {variable}={shlex.quote(str(folder))}")
+    print(NEXT)
     return 0
 
 
@@ -101,20 +147,23 @@ class Demo:
     Args:
         work: Empty folder for data, models and logs.
         commands: Path per nnU-Net command.
+        entries: What is trained, by title; the first one is the control.
         device: ``cpu``, ``cuda`` or ``mps``.
-        seed: Of the phantom.
-        minutes: Time for the whole run; decides how long is trained.
+        seed: Of the phantom and of the trainings.
+        iterations: Of each training.
         picture: File to draw.
     """
 
     def __init__(
-        self, work: Path, commands: Mapping[str, str], device: str, seed: int, minutes: float, picture: Path
-    ) -> None:
+        self, work: Path, commands: Mapping[str, str], entries: Mapping[str, Entry], device: str, seed: int,
+        iterations: int, picture: Path,
+    ) -> None:  # fmt: skip
         self.work = work
         self.commands = commands
+        self.entries = entries
+        self.iterations = iterations
         self.device = device
         self.seed = seed
-        self.end = time.monotonic() + 60 * minutes
         self.picture = picture
         self.folders = _nnunet_folders(work)
         self.logs = work / "logs"
@@ -135,69 +184,67 @@ class Demo:
     def run(self) -> None:
         """Everything from the phantom to the picture."""
         print(
-            f"Making a phantom: {LABELLED} labelled, {UNLABELLED} unlabelled and {TEST} test cases "
+            f"Making a phantom: {LABELLED} labelled, {UNLABELLED} unlabelled and {TEST} test images "
             f"with two modalities, {' and '.join(MODALITIES[:2])}."
         )
         dataset = make_phantom_dataset(
             self.folders["nnUNet_raw"], DATASET_ID, labelled=LABELLED, unlabelled=UNLABELLED, test=TEST,
             shape=SHAPE, seed=self.seed,
         )  # fmt: skip
-        self.set_training_length(dataset.name, self.plan())
-        for trainer in TRAINERS.values():
-            self.train(trainer)
-        predictions = {title: self.predict(dataset, title, trainer) for title, trainer in TRAINERS.items()}
+        self.plan()
+        self.write_plans(dataset.name)
+        for title in self.entries:
+            self.train(title)
+        predictions = {title: self.predict(dataset, title) for title in self.entries}
         dice = {title: dice_per_case(dataset / "labelsTs", folder) for title, folder in predictions.items()}
         print(f"\n{dice_table(dice)}\n")
         self.draw(dataset, predictions, dice)
         print(f"Picture: {self.picture.resolve()}")
 
-    def plan(self) -> float:
-        """Fingerprint, plans, preprocessing; the seconds it took."""
+    def plan(self) -> None:
+        """Fingerprint, plans, preprocessing."""
         processes = self.environment["nnUNet_def_n_proc"]
-        return self._run(
+        self._run(
             "nnUNetv2_plan_and_preprocess",
             ["-d", str(DATASET_ID), "-pl", PLANNER, "-c", CONFIGURATION, "-npfp", processes, "-np", processes],
             Progress(),
         )
 
-    def set_training_length(self, dataset_name: str, planning_seconds: float) -> None:
-        """Write the number of epochs and iterations that fit the time into the plans file."""
-        file = self.folders["nnUNet_preprocessed"] / dataset_name / f"{PLANS}.json"
-        plans = json.loads(file.read_text(encoding="utf-8"))
-        pass_seconds = seconds_per_pass(plans, CONFIGURATION, self.device)
-        iterations = iterations_for(self.end - time.monotonic(), planning_seconds, pass_seconds)
-        settings = {
-            "num_epochs": EPOCHS,
-            "num_iterations_per_epoch": max(1, round(iterations / EPOCHS)),
-            "num_val_iterations_per_epoch": 1,
-        }
-        configuration = plans["configurations"][CONFIGURATION]
-        configuration["semi"] = {**configuration.get("semi", {}), **settings}
-        write_json_whole(str(file), plans)
-        print(
-            f'Training length, as "semi" in the plans file: {settings["num_epochs"]} epochs of '
-            f"{settings['num_iterations_per_epoch']} iterations for each trainer."
-        )
+    def write_plans(self, dataset_name: str) -> None:
+        """A copy of the plans file for each entry, with the length of the training and the entry's settings."""
+        folder = self.folders["nnUNet_preprocessed"] / dataset_name
+        length = {"num_epochs": EPOCHS, "num_iterations_per_epoch": self.iterations // EPOCHS,
+                  "num_val_iterations_per_epoch": 1, "seed": self.seed}
+        for title, entry in self.entries.items():
+            plans = json.loads((folder / f"{PLANS}.json").read_text(encoding="utf-8"))
+            plans["plans_name"] = entry.plans_name(title)
+            configuration = plans["configurations"][CONFIGURATION]
+            configuration["semi"] = {**configuration.get("semi", {}), **length, **entry.settings}
+            write_json_whole(str(folder / f"{plans['plans_name']}.json"), plans)
+        print(f'\nEach trainer gets a copy of the plans file, with the length of the training in its "semi": {EPOCHS} '
+              f"epochs of\n{length['num_iterations_per_epoch']} iterations.")
 
-    def train(self, trainer: str) -> None:
+    def train(self, title: str) -> None:
         """One model on all labelled cases."""
-        log = self.logs / f"train_{trainer}.txt"
+        entry, log = self.entries[title], self.logs / f"train_{title}.txt"
         self._run(
             "nnUNetv2_train",
-            [str(DATASET_ID), CONFIGURATION, "all", "-tr", trainer, "-p", PLANS, "-device", self.device],
+            [str(DATASET_ID), CONFIGURATION, "all", "-tr", entry.trainer, "-p", entry.plans_name(title),
+             "-device", self.device],
             Progress(EPOCHS, "epoch", lambda: finished_epochs(log)),
             log,
-        )
+        )  # fmt: skip
 
-    def predict(self, dataset: Path, title: str, trainer: str) -> Path:
+    def predict(self, dataset: Path, title: str) -> Path:
         """Folder with the test cases' predictions."""
-        output = self.work / "predictions" / title
+        entry, output = self.entries[title], self.work / "predictions" / title
         self._run(
             "nnUNetv2_predict",
             ["-i", str(dataset / "imagesTs"), "-o", str(output), "-d", str(DATASET_ID), "-c", CONFIGURATION,
-             "-f", "all", "-tr", trainer, "-p", PLANS, "-device", self.device, "-npp", "0", "-nps", "0"],
+             "-f", "all", "-tr", entry.trainer, "-p", entry.plans_name(title), "-device", self.device,
+             "-npp", "0", "-nps", "0"],
             Progress(TEST, "case", lambda: len(list(output.glob("*.nii.gz")))),
-            self.logs / f"predict_{trainer}.txt",
+            self.logs / f"predict_{title}.txt",
         )  # fmt: skip
         return output
 
@@ -207,7 +254,8 @@ class Demo:
         from nnunetv2_semi.pictures import PictureRow, save_overview
 
         def read(file: Path) -> np.ndarray:
-            return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+            array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+            return array if array.ndim == 3 else array[None]
 
         rows = []
         for truth in sorted((dataset / "labelsTs").iterdir())[:SHOWN_CASES]:
@@ -219,10 +267,10 @@ class Demo:
             segmentations = {"Truth": read(truth)} | {t: read(f / truth.name) for t, f in predictions.items()}
             means = {title: float(np.nanmean(list(dice[title][case].values()))) for title in predictions}
             rows.append(PictureRow(case, images, segmentations, means))
-        title = f"Phantom, {LABELLED} labelled and {UNLABELLED} unlabelled training cases: first test cases"
+        title = f"Phantom, {LABELLED} labelled and {UNLABELLED} unlabelled training images: first test images"
         save_overview(rows, LABELS, title, self.picture)
 
-    def _run(self, name: str, arguments: Sequence[str], progress: Progress, log: Path | None = None) -> float:
+    def _run(self, name: str, arguments: Sequence[str], progress: Progress, log: Path | None = None) -> None:
         shown = shlex.join([name, *arguments])
         for variable, folder in self.folders.items():
             shown = shown.replace(str(folder), f"${variable}")
@@ -234,7 +282,6 @@ class Demo:
             environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
         seconds = run_logged([self.commands[name], *arguments], log, environment, progress)
         print(f"  took {seconds:.0f} s", flush=True)
-        return seconds
 
 
 def dice_per_case(truth_folder: Path, prediction_folder: Path) -> DicePerCase:
@@ -266,7 +313,12 @@ def dice_table(dice: Mapping[str, DicePerCase]) -> str:
     for title, per_case in dice.items():
         means = [float(np.nanmean([case[name] for case in per_case.values()])) for name in LABELS]
         lines.append(f"{title:<22}" + "".join(f"{value:9.3f}" for value in (*means, float(np.mean(means)))))
-    lines.append("Note: a phantom, a few minutes of training.")
+    control, *others = [float(np.mean([np.nanmean(list(case.values())) for case in per_case.values()]))
+                        for per_case in dice.values()]
+    best = max(others, default=control)
+    if best > control:
+        lines.append(f"The unlabelled images, and patches pasted into each other, give {best - control:+.3f}.")
+    lines.append("A phantom and a small network: what to expect of real images is in docs/results.")
     return "\n".join(lines)
 
 

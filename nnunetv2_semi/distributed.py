@@ -6,7 +6,7 @@ passes, several networks and skipped terms, and this way every process makes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 Result = TypeVar("Result")
+Item = TypeVar("Item", bound=Hashable)
 
 
 def is_distributed() -> bool:
@@ -106,6 +107,16 @@ def on_first_process(work: Callable[[], Result]) -> Result:
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+def shared_out(items: Sequence[Item], work: Callable[[Item], Result]) -> dict[Item, Result]:
+    """What ``work`` gives for each of ``items``, of which each process does a part; all processes get all of it."""
+    if not is_distributed():
+        return {item: work(item) for item in items}
+    own = {item: work(item) for item in items[dist.get_rank()::dist.get_world_size()]}
+    gathered: list[dict[Item, Result]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return {item: result for single in gathered for item, result in single.items()}
 
 
 def mean_over_processes(values: dict[str, float]) -> dict[str, float]:

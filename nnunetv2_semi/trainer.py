@@ -41,6 +41,7 @@ from nnunetv2_semi.networks.stage_checkpoints import checkpoint_stages
 from nnunetv2_semi.present_channels import present_modalities
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.unlabelled_foreground import ForegroundVoxels, is_due
 
 _COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # what nnU-Net's validation step returns
 
@@ -57,6 +58,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     step: TrainingStep
     configuration_manager: ConfigurationManager
     output_folder: str
+    dataloader_train: BatchStream
     was_initialized: bool
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
@@ -86,6 +88,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._trained_here = False
         self._validation_cases: list[str] | None = None
         self._bar: tqdm | None = None
+        self._foreground: ForegroundVoxels = {}
 
     # networks and optimisers
 
@@ -206,7 +209,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         training, validation = compat.plain_dataloaders(super().get_dataloaders)
         sources = {"labelled": training}
         if unlabelled is not None:
-            sources["unlabelled"] = training_data.unlabelled_loader(self, self.settings, unlabelled, training)
+            sources["unlabelled"] = training_data.unlabelled_loader(self, self.settings, unlabelled, training,
+                                                                    self._foreground)
         return (
             training_data.stream(self, self.settings, "training", sources, self.num_iterations_per_epoch),
             training_data.stream(self, self.settings, "validation", {"labelled": validation},
@@ -233,6 +237,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
+        self._look_for_foreground()
         self.method.train()
         super().on_train_epoch_start()
         for _, schedule in self.schedules[1:]:
@@ -240,6 +245,22 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._epoch_values, self._steps_in_epoch = EpochValues(), 0
         self._bar = tqdm(total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False,
                          disable=None if self.local_rank == 0 else True)
+
+    def _look_for_foreground(self) -> None:
+        """Ask the deployed network anew where unlabelled cases have foreground; patches are drawn there from now on."""
+        if not self.settings.unlabelled_foreground or not self.method_class.uses_unlabelled \
+                or not is_due(self.current_epoch, self.num_epochs):
+            return
+        sources = self.dataloader_train.batches.loaders
+        self.set_deep_supervision_enabled(False)
+        self.method.eval()
+        self._foreground = training_data.predicted_foreground(self, self.settings, sources["unlabelled"],
+                                                              self.method.deployable())
+        self.set_deep_supervision_enabled(True)
+        self.dataloader_train.close()
+        sources["unlabelled"].foreground = self._foreground
+        self.dataloader_train = training_data.stream(self, self.settings, "training", sources,
+                                                     self.num_iterations_per_epoch)
 
     def train_step(self, batch: dict) -> dict:
         """One step on ``batch``: {"labelled": nnU-Net's batch, "unlabelled": {"data": (B_u, C, *spatial)}}."""
@@ -402,7 +423,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             checkpoints.KEY: checkpoints.our_part(
                 self.method.state_dict(), self.method.name, self.semi,
-                [{"optimizer": o.state_dict(), "schedule": s.state_dict()} for o, s in self.schedules[1:]]),
+                [{"optimizer": o.state_dict(), "schedule": s.state_dict()} for o, s in self.schedules[1:]],
+                self._foreground),
         }, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
@@ -421,6 +443,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self._best_ema = checkpoint["_best_ema"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         self.method.load_state_dict(ours["method_state"])
+        self._foreground = ours.get("unlabelled_foreground", {})
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         for (optimizer, schedule), state in zip(self.schedules[1:], ours["optimizer_states"], strict=True):
             optimizer.load_state_dict(state["optimizer"])

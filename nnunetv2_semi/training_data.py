@@ -14,10 +14,11 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import nn
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.largest_component import number_of_components
-from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
+from nnunetv2_semi.data.loader import BatchStream, SeededBatches, UnlabelledPatchLoader
 from nnunetv2_semi.data.modalities import CaseChannels, ModalityDrop
 from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
 from nnunetv2_semi.data.whole_files import write_json_whole
@@ -25,6 +26,7 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.base import WholeCase
 from nnunetv2_semi.methods.settings import Settings
 from nnunetv2_semi.present_channels import fill_absent, present_modalities
+from nnunetv2_semi.unlabelled_foreground import ForegroundVoxels, cases_to_predict, find_foreground
 
 NNUNET_FOLDS = 5
 
@@ -57,9 +59,12 @@ def prepare(trainer: nnUNetTrainer, settings: Settings) -> UnlabelledCases:
     return cases
 
 
-def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: UnlabelledCases,
-                      labelled: nnUNetDataLoader) -> nnUNetDataLoader:
-    """Draws unlabelled patches of the same sizes, with the same augmentation, as nnU-Net's ``labelled`` loader."""
+def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: UnlabelledCases, labelled: nnUNetDataLoader,
+                      foreground: ForegroundVoxels) -> UnlabelledPatchLoader:
+    """Draws unlabelled patches of the same sizes, with the same augmentation, as nnU-Net's ``labelled`` loader.
+
+    foreground: where the network has found some, see `nnunetv2_semi.unlabelled_foreground`.
+    """
     size = settings.unlabelled_batch_size
     if size is None:
         size = trainer.batch_size
@@ -67,10 +72,27 @@ def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: Unlabel
         size = max(1, size // dist.get_world_size())
     spatial = slice(1, None) if labelled.patch_size_was_2d else slice(None)
     dataset = infer_dataset_class(cases.folder)(cases.folder, list(cases.identifiers))
-    return unlabelled_patch_loader(
+    return UnlabelledPatchLoader(
         dataset, size, labelled.patch_size[spatial], labelled.final_patch_size[spatial], trainer.label_manager,
         compat.training_transforms_without_target(trainer),
-        mask_needed=any(trainer.configuration_manager.use_mask_for_norm))
+        mask_needed=any(trainer.configuration_manager.use_mask_for_norm), foreground=foreground,
+        foreground_share=settings.unlabelled_foreground)
+
+
+def predicted_foreground(trainer: nnUNetTrainer, settings: Settings, loader: UnlabelledPatchLoader,
+                         network: nn.Module) -> ForegroundVoxels:
+    """Where ``network`` finds foreground in some of the unlabelled cases; of the others what was known before."""
+    dataset = loader._data
+    shapes = {case: dataset.load_case(case)[0].shape[1:] for case in dataset.identifiers}
+    patches = trainer.num_epochs * trainer.num_iterations_per_epoch * trainer.batch_size
+    seed = settings.seed + trainer.current_epoch
+    cases = cases_to_predict(shapes, trainer.configuration_manager.patch_size, patches, seed)
+    found = find_foreground(cases, dataset, compat.sliding_window(trainer, network),
+                            trainer.label_manager.has_regions, seed)
+    known = {**loader.foreground, **found}
+    trainer.print_to_log_file(f"Unlabelled foreground: {len(cases)} of {len(shapes)} cases predicted, found in "
+                              f"{sum(bool(found[case]) for case in cases)} of them.")
+    return {case: dict(voxels) for case, voxels in known.items()}
 
 
 def whole_training_cases(trainer: nnUNetTrainer, modalities: Mapping[str, Sequence[int]]) -> Iterator[WholeCase]:

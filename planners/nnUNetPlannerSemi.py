@@ -1,4 +1,4 @@
-"""Experiment planner that leaves room for the networks of semi-supervised training."""
+"""Experiment planner for semi-supervised training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from nnunetv2_semi.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
 
 
 class nnUNetPlannerSemi(ExperimentPlanner):
-    """nnU-Net's planner, with the memory target shared by all network graphs that a step holds at once.
+    """nnU-Net's planner: patch and batch size are those of nnU-Net's own planner for the same memory target.
 
-    A step holds one graph for the labelled and one for the unlabelled batch, for each modality that dataset.json names
-    under "semi": {"modalities": ...}. Each configuration says for how many was planned: "semi": {"planned_graphs": N}.
+    The forward passes of a step then run one after another. With "semi": {"plan_joined_passes": true} in dataset.json
+    they fit the memory target together, in smaller patches or batches: one pass of the labelled and one of the
+    unlabelled batch, for each modality that dataset.json names under "semi": {"modalities": ...}. Each configuration
+    says how many passes the memory target holds at once: "semi": {"planned_graphs": N}, 1 by default.
 
     With "semi": {"plan_with_unlabelled": true} in dataset.json, shapes and spacings of unlabelled cases count like
     those of labelled ones; intensity statistics come from labelled foreground in any case.
@@ -35,7 +37,7 @@ class nnUNetPlannerSemi(ExperimentPlanner):
 
     Args:
         dataset_name_or_id: as for nnU-Net's planner.
-        gpu_memory_target_in_gb: of all graphs together.
+        gpu_memory_target_in_gb: as for nnU-Net's planner; of all passes together with "plan_joined_passes".
         preprocessor_name: nnU-Net's default one is replaced by the one that prepares unlabelled cases too.
         plans_name: of the plans file.
         overwrite_target_spacing: mm, of 3d_fullres.
@@ -71,7 +73,8 @@ class nnUNetPlannerSemi(ExperimentPlanner):
             overwrite_target_spacing,  # type: ignore[arg-type]
             suppress_transpose,
         )
-        self.planned_graphs = 2 * (len(settings.modalities) if settings.modalities else 1)
+        self.passes_of_a_step = 2 * (len(settings.modalities) if settings.modalities else 1)
+        self.planned_graphs = self.passes_of_a_step if settings.plan_joined_passes else 1
         self.UNet_vram_target_GB = gpu_memory_target_in_gb / self.planned_graphs
         if settings.plan_with_unlabelled:
             self._add_unlabelled_geometry()

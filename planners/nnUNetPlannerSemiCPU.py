@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from nnunetv2_semi.whole_volumes import SPACING_STEP
+
 from .nnUNetPlannerSemi import nnUNetPlannerSemi
 
 _MAX_PATCH_VOXELS_3D = 40**3
 _MAX_PATCH_VOXELS_2D = 96**2
+# 2D images of more than so many voxels are made coarser, so that a patch of at most 128^2 holds the whole image.
+_MAX_IMAGE_VOXELS_2D = 4 * _MAX_PATCH_VOXELS_2D
+_MAX_WHOLE_IMAGE_VOXELS_2D = 128**2
 _BATCH_SIZE_3D = 2
 _BATCH_SIZE_2D = 8
 
@@ -17,7 +22,11 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
 
     Patches have at most 40^3 voxels (3D) or 96^2 (2D), shaped by spacing and image size as nnU-Net does; 3d_atlas has
     the finest spacing at which the largest volume, padded, has no more. There is no 3d_lowres and no cascade. The
-    memory target does not matter; the network is small however many graphs are held.
+    memory target does not matter, so the plan is always for joined forward passes.
+
+    In configuration 2d, a median image of more than 4 x 96^2 voxels gets a coarser spacing, by the same factor on both
+    axes, at which one patch of at most 128^2 voxels holds the whole image. A patch of 96^2 would show too little of it.
+    Predictions still have the size of the original images.
 
     Args:
         dataset_name_or_id: as for nnU-Net's planner.
@@ -54,6 +63,7 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
         self.UNet_blocks_per_stage_encoder = (1,) + (2,) * 13
         self.UNet_blocks_per_stage_decoder = (1,) * 13
         self.lowres_creation_threshold = 0.0
+        self.planned_graphs = self.passes_of_a_step
         # nnU-Net shrinks the patch until its cost for a batch of two is below a reference. Here cost is the number of
         # voxels (see static_estimate_VRAM_usage), so the reference is the largest number allowed.
         self.UNet_vram_target_GB = self.UNet_reference_val_corresp_GB
@@ -82,11 +92,38 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
         approximate_n_voxels_dataset: float,
         _cache: dict,
     ) -> dict:
-        """The plan of one configuration, with a fixed batch size."""
-        plan = super().get_plans_for_configuration(
-            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
-        )
+        """The plan of one configuration, with a fixed batch size; in 2D at a coarser spacing where images are large."""
+        if len(spacing) == 2 and np.prod(median_shape) > _MAX_IMAGE_VOXELS_2D:
+            plan = self._plan_of_whole_images(
+                np.array(spacing), median_shape, data_identifier, approximate_n_voxels_dataset, _cache
+            )
+        else:
+            plan = super().get_plans_for_configuration(
+                spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
+            )
         plan["batch_size"] = _BATCH_SIZE_2D if len(spacing) == 2 else _BATCH_SIZE_3D
+        return plan
+
+    def _plan_of_whole_images(
+        self,
+        spacing: np.ndarray,
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict:
+        """The 2D plan with the finest spacing at which one patch holds the median image, in steps of 3 %."""
+        self.UNet_reference_val_2d = _MAX_WHOLE_IMAGE_VOXELS_2D
+        factor = float(np.sqrt(np.prod(median_shape) / _MAX_WHOLE_IMAGE_VOXELS_2D))
+        while True:
+            shape = tuple(max(1, round(size / factor)) for size in median_shape)
+            plan = super().get_plans_for_configuration(
+                spacing * factor, shape, data_identifier, approximate_n_voxels_dataset / factor**2, _cache
+            )
+            if all(side >= size for side, size in zip(plan["patch_size"], shape, strict=True)):
+                break
+            factor *= SPACING_STEP  # too large for one patch once padded as the network's poolings need
+        self.UNet_reference_val_2d = _MAX_PATCH_VOXELS_2D
         return plan
 
     def semi_settings(self) -> dict[str, int | float]:

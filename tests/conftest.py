@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 # Before torch and nnunetv2 are imported, which read them once.
 os.environ["nnUNet_n_proc_DA"] = "0"
@@ -49,6 +55,46 @@ class SourceTreeFinder:
 
 # Last, so that an installed package is preferred.
 sys.meta_path.append(SourceTreeFinder)
+
+
+def naive_weighted_dice_ce(outputs: Sequence[torch.Tensor], labels: torch.Tensor, weight: torch.Tensor, regions: bool,
+                           scale_weights: Sequence[float] = (1.0,), batch_dice: bool = False) -> torch.Tensor:
+    """nnU-Net's Dice and cross-entropy, voxel by voxel, of labels (B, 1 or K, *spatial) that each have a weight."""
+    total = outputs[0].new_zeros(())
+    for share, output in zip(scale_weights, outputs, strict=True):
+        patches, heads = output.shape[:2]
+        y, w = labels, weight
+        for axis, size in enumerate(output.shape[2:], 2):
+            chosen = [int((index + 0.5) * labels.shape[axis] / size) for index in range(size)]
+            y, w = y[(slice(None),) * axis + (chosen,)], w[(slice(None),) * axis + (chosen,)]
+        z, y, w = output.flatten(2), y.flatten(2), w.flatten(2)
+        classes = range(heads) if regions else range(1, heads)
+        entropy, counted, sums = 0.0, 0.0, [[[0.0, 0.0, 0.0] for _ in classes] for _ in range(patches)]
+        for b in range(patches):
+            for v in range(z.shape[2]):
+                p = 1 / (1 + (-z[b, :, v]).exp()) if regions else z[b, :, v].exp() / z[b, :, v].exp().sum()
+                weights = [float(w[b, min(c, w.shape[1] - 1), v]) for c in range(heads)]
+                if not any(weights):
+                    continue
+                for row, c in enumerate(classes):
+                    true = int(y[b, c, v] > 0) if regions else int(y[b, 0, v] == c)
+                    for column, value in enumerate((p[c] * true, p[c], true)):
+                        sums[b][row][column] += weights[c] * value
+                    if regions and weights[c]:
+                        entropy = entropy - weights[c] * (p[c] if true else 1 - p[c]).log()
+                        counted += weights[c]
+                if not regions:
+                    entropy, counted = entropy - weights[0] * p[int(y[b, 0, v])].log(), counted + weights[0]
+        if batch_dice:
+            sums = [[[sum(patch[row][column] for patch in sums) for column in range(3)] for row in range(len(classes))]]
+        dice = [(2 * both + 1e-5) / (p + true + 1e-5) for patch in sums for both, p, true in patch]
+        total = total + share * ((entropy / counted if counted else 0.0) - sum(dice) / len(dice))
+    return total
+
+
+@pytest.fixture(name="naive_weighted_dice_ce")
+def _naive_weighted_dice_ce():
+    return naive_weighted_dice_ce
 
 
 def pytest_report_header() -> str:

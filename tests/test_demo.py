@@ -21,20 +21,21 @@ STAND_IN = """\
 import json, os, pathlib, shutil, subprocess, sys, time
 name, arguments = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 preprocessed = pathlib.Path(os.environ["nnUNet_preprocessed"]) / "Dataset001_Phantom"
-plans = preprocessed / "nnUNetSemiCPUPlans.json"
+plans_name = arguments[arguments.index("-p") + 1] if "-p" in arguments else "nnUNetSemiCPUPlans"
+plans = preprocessed / (plans_name + ".json")
 if name == "nnUNetv2_plan_and_preprocess":
     preprocessed.mkdir()
-    plans.write_text(json.dumps({"configurations": {"3d_fullres": {"semi": {"planned_graphs": 4, "num_epochs": 50}}}}))
+    plans.write_text(json.dumps({"configurations": {"2d": {"semi": {"planned_graphs": 4, "num_epochs": 50}}}}))
 elif name == "nnUNetv2_train":
     behaviour = os.environ.get("STAND_IN_TRAINING", "")
-    if behaviour == "fails" and "nnUNetTrainerSemiCML" in arguments:
+    if behaviour == "fails" and "nnUNetTrainerSemiMix" in arguments:
         print("first line", *range(100), "the reason", sep="\\n")
         sys.exit(3)
     if behaviour == "hangs":
         worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
         pathlib.Path(os.environ["STAND_IN_PIDS"]).write_text(f"{os.getpid()} {worker.pid}")
         time.sleep(120)
-    log = pathlib.Path(os.environ["nnUNet_results"]) / arguments[arguments.index("-tr") + 1]
+    log = pathlib.Path(os.environ["nnUNet_results"]) / plans_name
     log.write_text(json.dumps([arguments, json.loads(plans.read_text()), dict(os.environ)]))
     print("Epoch time: 0.1 s")
 elif name == "nnUNetv2_predict":
@@ -43,7 +44,7 @@ elif name == "nnUNetv2_predict":
     truths = sorted((images.parent / "labelsTs").iterdir())
     if os.environ.get("STAND_IN_PREDICTION") == "leaves one out":
         truths.pop()
-    if "nnUNetTrainerSemiCML" in arguments:
+    if "nnUNetTrainerSemiMix" in arguments:
         for truth in truths:
             shutil.copy(truth, output)
     else:
@@ -54,7 +55,7 @@ elif name == "nnUNetv2_predict":
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder in which temporary folders are made; commands are stand-ins, the network is not timed."""
+    """Folder in which temporary folders are made; commands are stand-ins."""
     commands = tmp_path / "commands"
     commands.mkdir()
     for name in demo.COMMANDS:
@@ -64,8 +65,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(demo, "command_path", lambda name: str(commands / name))
-    monkeypatch.setattr(demo, "seconds_per_pass", lambda *_: 0.1)
-    monkeypatch.setattr(demo, "SHAPE", (12, 12, 12))
+    monkeypatch.setattr(demo, "SHAPE", (12, 12))
+    monkeypatch.setattr(demo, "UNLABELLED", 2)
     monkeypatch.setattr(demo.tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("nnUNet_raw", "/the/users/own")
     return temporary
@@ -87,31 +88,43 @@ def test_demo_prints_table_draws_picture_and_leaves_nothing_else(
     assert list(environment.iterdir()) == []
     assert os.environ["nnUNet_raw"] == "/the/users/own"
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
-    assert rows["Semi-CML"] == ["1.000"] * 5
+    assert rows["Mix"] == ["1.000"] * 5
     assert 0 < float(rows["Supervised"][-1]) < 1
     assert [name for name in LABELS if name in printed] == list(LABELS)
     assert str(tmp_path / "out" / "demo.png") in printed
     assert (
-        "$ nnUNetv2_train 1 3d_fullres all -tr nnUNetTrainerSemiCML -p nnUNetSemiCPUPlans -device cpu\n  took"
+        "$ nnUNetv2_train 1 2d all -tr nnUNetTrainerSemiMix -p nnUNetSemiCPUPlans_Mix -device cpu\n  took"
         in printed
     )
+    assert len(printed.splitlines()) < 100
+    assert printed.rstrip().splitlines()[-1].endswith("docs/which_trainer.md")
+    gain = 1 - float(rows["Supervised"][-1])
+    assert f"give {gain:+.3f}." in printed
     assert "-i '$nnUNet_raw/Dataset001_Phantom/imagesTs'" not in printed
     assert "-i $nnUNet_raw/Dataset001_Phantom/imagesTs" in printed
 
 
-def test_both_trainers_train_equally_long_in_folders_of_their_own(
+def test_all_trainers_train_equally_long_in_folders_of_their_own(
     environment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert demo.run(arguments("--keep", "--folder", str(tmp_path))) == 0
+    options = ("--keep", "--folder", str(tmp_path), "--seed", "3", "--iterations", "205")
+    options += ("--trainers", "Mix", "Semi-CML")
+    assert demo.run(arguments(*options)) == 0
     work = tmp_path / demo.KEPT_FOLDER
-    seen = [json.loads((work / "nnUNet_results" / trainer).read_text()) for trainer in demo.TRAINERS.values()]
-    semi = [plans["configurations"]["3d_fullres"]["semi"] for _, plans, _ in seen]
-    assert semi[0] == semi[1]
+    titles = ["Supervised", "Mix", "CML on labels", "Semi-CML"]
+    names = [f"nnUNetSemiCPUPlans_{title.replace(' ', '_')}" for title in titles]
+    seen = [json.loads((work / "nnUNet_results" / name).read_text()) for name in names]
+    semi = [plans["configurations"]["2d"]["semi"] for _, plans, _ in seen]
+    assert [plans["plans_name"] for _, plans, _ in seen] == names
+    assert semi[0] == semi[1] == semi[3]
+    assert semi[2] == {**semi[0], "unlabelled_weight": 0.0, "SemiCML": {"prel": False}}
     assert semi[0]["planned_graphs"] == 4
     assert semi[0]["num_epochs"] == demo.EPOCHS
-    assert semi[0]["num_iterations_per_epoch"] * demo.EPOCHS >= 100
+    assert (semi[0]["num_iterations_per_epoch"], semi[0]["seed"]) == (20, 3)
     assert seen[0][2]["nnUNet_raw"] == str(work / "nnUNet_raw")
     printed = capsys.readouterr().out
+    assert [line[:22].strip() for line in printed.splitlines() if line[:22].strip() in titles] == titles
+    assert len(printed.splitlines()) < 100
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         assert f"export {variable}={work / variable}" in printed
     assert (work / "nnUNet_raw" / "Dataset001_Phantom" / "imagesUn").is_dir()
@@ -137,7 +150,7 @@ def test_missing_prediction_is_an_error(
 ) -> None:
     monkeypatch.setenv("STAND_IN_PREDICTION", "leaves one out")
     assert demo.run(arguments("--folder", str(tmp_path / "out"))) == 1
-    assert "no prediction for case_0027" in capsys.readouterr().err
+    assert "no prediction for case_0025" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
@@ -154,7 +167,7 @@ def test_stopping_ends_all_processes_and_cleans_up(
         # Programs started in the background, this test perhaps, have Ctrl-C ignored and hand that on.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"demo.command_path = lambda name: {str(tmp_path / 'commands')!r} + '/' + name\n"
-        "demo.SHAPE = (12, 12, 12); demo.seconds_per_pass = lambda *_: 0.1\n"
+        "demo.SHAPE = (12, 12); demo.UNLABELLED = 2\n"
         "parser = argparse.ArgumentParser(); demo.add_arguments(parser); sys.exit(demo.run(parser.parse_args()))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, "--folder", str(tmp_path / "out")])
@@ -183,9 +196,9 @@ def is_running(pid: int) -> bool:
     return state != "" and not state.startswith("Z")
 
 
-def test_too_little_time_is_refused_before_anything_starts(environment: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--minutes 1 "):
-        demo.run(arguments("--minutes", "1", "--folder", str(tmp_path / "out")))
+def test_too_few_iterations_are_refused_before_anything_starts(environment: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--iterations 9 "):
+        demo.run(arguments("--iterations", "9", "--folder", str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 

@@ -20,12 +20,14 @@ from torch import nn
 
 import nnunetv2_semi
 from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
+from nnunetv2_semi.losses.weighted_dice_ce import WeightedDiceCE
 from nnunetv2_semi.methods.base import Batch, Context
 from nnunetv2_semi.methods.bcp import BCP
 from nnunetv2_semi.methods.cps import CPS
 from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.mass import MASS
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
+from nnunetv2_semi.methods.mix import Mix
 from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
@@ -78,9 +80,9 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
                             nonlin=nn.LeakyReLU, deep_supervision=False)
     dice = {"batch_dice": False, "do_bg": regions, "smooth": 1e-5}
     loss: nn.Module = DC_and_BCE_loss({}, dice) if regions else DC_and_CE_loss(dice, {})
-    context = Context(loss, regions, None, (1.0, 1.0), {"m": [0]}, one_pass, 1, sum_over_processes,
-                      rows_of_all_processes, (1.0,), (8, 8), (8.0, 8.0), HEADS,
-                      lambda channels: nn.Conv2d(channels, HEADS, 1), lambda: iter(()))
+    context = Context(loss, WeightedDiceCE(regions, (1.0,), batch_dice=False), regions, None, (1.0, 1.0), {"m": [0]},
+                      one_pass, 1, sum_over_processes, rows_of_all_processes, (1.0,), (8, 8), (8.0, 8.0), HEADS,
+                      lambda channels: nn.Conv2d(channels, HEADS, 1), lambda: iter(()), (0, 1), lambda: True)
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)
@@ -128,14 +130,14 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
     assert trainer.method_class is example.EntropyMinimisation
 
 
-@pytest.mark.parametrize("heading, method", [("All trainers", Supervised), ("`SemiCML`", SemiCML),
-                                             ("`MeanTeacher`", MeanTeacher), ("`RCPS`", RCPS), ("`MASS`", MASS),
-                                             ("`UAMT`", UAMT),
-                                             ("`FixMatch`", FixMatch), ("`CPS`", CPS), ("`BCP`", BCP)])
-def test_settings_tables_list_every_setting_with_its_default(heading, method):
+METHODS = [Mix, Supervised, SemiCML, MeanTeacher, RCPS, MASS, UAMT, FixMatch, CPS, BCP]
+
+
+@pytest.mark.parametrize("heading, settings", [("All trainers", Settings),
+                                               *((f"`{method.name}`", method.Settings) for method in METHODS)])
+def test_settings_tables_list_every_setting_with_its_default(heading, settings):
     common = {f.name for f in dataclasses.fields(Settings)}
-    fields = {f.name: f.default for f in dataclasses.fields(method.Settings)
-              if method is Supervised or f.name not in common}
+    fields = {f.name: f.default for f in dataclasses.fields(settings) if settings is Settings or f.name not in common}
     documented = {row[0].strip("`"): json.loads(row[1].strip("`")) for row in rows("docs/settings.md", heading)}
     assert documented == fields
 
@@ -145,7 +147,7 @@ def test_settings_shown_are_accepted(page):
     block = next(block for block in code_blocks(page, "json") if '"3d_fullres"' in block)
     shown = json.loads("{" + block + "}")
     semi = shown.get("configurations", shown)["3d_fullres"]["semi"]
-    for method in (Supervised, SemiCML, MeanTeacher, RCPS, UAMT, FixMatch, CPS, BCP, MASS):
+    for method in METHODS:
         settings = settings_from_plan(method.Settings, semi, method.name)
         assert settings.num_epochs == semi["num_epochs"] != Settings.num_epochs
 

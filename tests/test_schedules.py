@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nnunetv2_semi.schedules import sigmoid_ramp_up, snapshot_after, warmed_up_decay
+from nnunetv2_semi.schedules import decay_for_length, sigmoid_ramp_up, snapshot_after, warmed_up_decay
 
 
 @pytest.mark.parametrize("progress, fraction, expected", [
@@ -23,6 +23,12 @@ def test_ramp_up_refuses_a_negative_length():
 ])
 def test_decay_warms_up(updates, decay, expected):
     assert warmed_up_decay(updates, decay) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps, expected", [
+    (1, 0.9), (500, 0.9), (2000, 0.975), (5000, 0.99), (50_000, 0.999), (250_000, 0.999)])
+def test_a_teacher_averages_a_fiftieth_of_training_within_limits(steps, expected):
+    assert decay_for_length(steps) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("num_epochs, snapshots, expected", [

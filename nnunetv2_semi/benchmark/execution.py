@@ -21,7 +21,8 @@ SELFTRAIN_RESULT = "selftrain_result.json"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What predicts a job's test cases. trainings: fold folders of all trainings that it took, its own is the last."""
+    """What predicts a job's test cases. trainings: fold folders of all trainings that it took, its own is the last; one
+    that was fine-tuned counts once, since its log goes on from before."""
 
     dataset: str
     plans: str
@@ -76,7 +77,7 @@ def _train(job: Job, device: str, while_running: Callable[[], None], cores: Sequ
         command = [sys.executable, "-m", "nnunetv2_semi.cli", "selftrain", "-d", job.dataset, "-c",
                    job.study.configuration, "-f", str(job.fold), "-tr", job.entry.trainer, "-p", job.plans_name,
                    "-device", kind, "--out", str(_selftrain_folder(job)),
-                   *(f"--{name}={value}" for name, value in job.entry.selftrain.items()),
+                   *_selftrain_options(job.entry.selftrain),
                    *([] if job.study.test_time_mirroring else ["--disable_tta"])]
     else:
         if zipfile.is_zipfile(job.model / FINAL):
@@ -98,6 +99,12 @@ def continue_option(model: Path) -> list[str]:
 
 def _selftrain_folder(job: Job) -> Path:
     return job.folder / "selftrain"
+
+
+def _selftrain_options(options: Mapping[str, object]) -> list[str]:
+    """Options of `nnunetv2_semi selftrain` as a study names them; switches are true or false."""
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not False}
+    return [name if value is True else f"{name}={value}" for name, value in named.items()]
 
 
 def _predict(job: Job, device: str, while_running: Callable[[], None], cores: Sequence[int] | None) -> None:

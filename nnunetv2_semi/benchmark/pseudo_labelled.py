@@ -11,6 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 
 from nnunetv2_semi import __version__
 from nnunetv2_semi.benchmark.raw_datasets import LARGEST_ID, NewDataset, adapted_dataset_json, free_ids, write_datasets
+from nnunetv2_semi.benchmark.self_training_input import OPTION_DEFAULTS
 from nnunetv2_semi.benchmark.source_cases import Source
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.whole_files import read_json_object
@@ -21,17 +22,17 @@ LOCK = ".nnunetv2_semi_selftrain.lock"
 
 
 def pseudo_labelled_dataset(
-    source: Source, round_number: int, made_by: Mapping[str, object], teacher: Path, predictions: Path,
-    scores: Mapping[str, float | None], kept: Sequence[str],
+    source: Source, round_number: int, made_by: Mapping[str, object], teachers: Sequence[Path],
+    predictions: Path, scores: Mapping[str, float | None], kept: Sequence[str],
 ) -> str:
     """Name of the round's data set in nnUNet_raw; written unless one that was ``made_by`` the same is there.
 
     Args:
-        source: The original data set.
+        source: The original data set; its dataset.json is the new one's too.
         round_number: From 1; a part of the name.
         made_by: What tells this round of this self-training from all others; for the record, as what follows.
-        teacher: Fold folder of the model that predicted.
-        predictions: Folder with its predictions.
+        teachers: Fold folders of the models that predicted.
+        predictions: Folder with the label maps that kept cases get.
         scores: Stability per unlabelled case.
         kept: Cases that become labelled.
 
@@ -42,7 +43,8 @@ def pseudo_labelled_dataset(
     # Held until the new folder is there, so that two at a time do not find the same id free.
     with FileLock(raw / LOCK):
         found = [file.parent.name for file in sorted(raw.glob(f"Dataset*/{RECORD}"))
-                 if (read_json_object(str(file)) or {}).get("made_by") == made_by]  # fmt: skip
+                 if {**OPTION_DEFAULTS, **(read_json_object(str(file)) or {}).get("made_by", {})}
+                 == {**OPTION_DEFAULTS, **made_by}]  # fmt: skip
         if found:
             return found[0]
         own = convert_dataset_name_to_id(source.name)
@@ -52,7 +54,8 @@ def pseudo_labelled_dataset(
         name = f"Dataset{ids[0]:03d}_{source.name.split('_', 1)[-1]}_selftrain{round_number}"
         links, copies = _files(source, predictions, kept)
         record = {
-            "version": __version__, "made_by": made_by, "teacher": str(teacher), "labelled": sorted(source.labelled),
+            "version": __version__, "made_by": made_by, "teachers": list(map(str, teachers)),
+            "labelled": sorted(source.labelled),
             "pseudo_labelled": sorted(kept), "unlabelled": sorted(set(source.unlabelled) - set(kept)),
             "stability": dict(scores), "links": links, "copies": copies,
         }  # fmt: skip

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from nnunetv2.configuration import default_num_processes
 
 from nnunetv2_semi.benchmark import stability
-from nnunetv2_semi.benchmark.execution import FINAL, SELFTRAIN_RESULT, continue_option, environment
+from nnunetv2_semi.benchmark.execution import SELFTRAIN_RESULT
 from nnunetv2_semi.benchmark.jobs import Folders
 from nnunetv2_semi.benchmark.pseudo_labelled import RECORD, pseudo_labelled_dataset
-from nnunetv2_semi.benchmark.self_training_input import Options, Start, checked_start
+from nnunetv2_semi.benchmark.self_training_input import OPTION_DEFAULTS, Options, Start, checked_start
+from nnunetv2_semi.benchmark.self_training_models import Models, Predictor, Teacher, run_shown
 from nnunetv2_semi.benchmark.source_cases import label_values, read_source
 from nnunetv2_semi.benchmark.stability_picture import overlay_rows, save_stability_picture
-from nnunetv2_semi.checkpoints import snapshot_file
-from nnunetv2_semi.commands import (
-    CommandFailed,
-    Progress,
-    command_path,
-    exit_status_of,
-    finished_epochs,
-    prediction_options,
-    run_logged,
-)
+from nnunetv2_semi.benchmark.unstable_voxels import with_ignore_label, write_stable_labels
+from nnunetv2_semi.commands import CommandFailed, Progress, exit_status_of, prediction_options
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 from nnunetv2_semi.errors import UserError
@@ -44,10 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="(default: %(default)s)")
     parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainerSemiSupervised", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="of labelling and training again (default: %(default)s)")
-    parser.add_argument("--keep", type=float, default=0.5,
-                        help="share of the unlabelled cases that get a label, the most stable ones (default: 0.5)")
+    parser.add_argument("--keep", type=float, default=0.9,
+                        help="share of the unlabelled cases that get a label, the most stable ones (default: 0.9)")
     parser.add_argument("--snapshots", type=int, default=2,
-                        help="checkpoints on the way to compare the final one with (default: %(default)s)")
+                        help="checkpoints on the way to compare a single teacher's final one with (default: 2)")
+    parser.add_argument("--teachers", type=int, default=1,
+                        help="models of the first round, which differ in the seed; their ensemble labels (default: 1)")
+    parser.add_argument("--ignore-unstable", action="store_true",
+                        help="give voxels on which predictions differ the ignore label")
+    parser.add_argument("--finetune", type=float, default=0.0, metavar="FRACTION",
+                        help="of the student's epochs, the last ones, on the true labels alone (default: 0)")
     parser.add_argument("-device", "--device", choices=("cuda", "cpu", "mps"), default="cuda",
                         help="as in nnU-Net (default: cuda)")
     parser.add_argument("-num_gpus", type=int, default=1, help="for training, as in nnU-Net (default: 1)")
@@ -66,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {args.rounds}.")
     source = read_source(args.d)
-    options = Options(source.name, args.c, args.f, args.p, args.tr, args.keep, args.snapshots, not args.disable_tta)
+    options = Options(source.name, args.c, args.f, args.p, args.tr, args.keep, args.snapshots, not args.disable_tta,
+                      args.teachers, args.ignore_unstable, args.finetune)
     start = checked_start(options, source, folders)
     results = folders.results / source.name
     name = f"selftrain__{options.model_name}__fold_{options.fold}"
@@ -98,84 +97,76 @@ class SelfTraining:
 
     def __init__(self, start: Start, folders: Folders, out: Path, device: str, num_gpus: int) -> None:
         self.start, self.options, self.source = start, start.options, start.source
-        self.folders, self.out, self.device, self.num_gpus = folders, out, device, num_gpus
+        self.folders, self.out, self.device = folders, out, device
+        self.models = Models(start, folders, out, device, num_gpus)
         self.ending = str(self.source.dataset_json["file_ending"])
         self.files = [case + self.ending for case in self.source.unlabelled]
 
     def run(self, rounds: int) -> None:
         """All rounds; says where the last model is."""
-        dataset, options = self.source.name, self.options
-        self.write_plans(dataset)
-        trainings = [self.train(dataset)]
+        options = self.options
+        teacher = self.models.first_teacher()
+        trainings = list(teacher.models)
         for number in range(1, rounds + 1):
-            dataset = self.label(dataset, trainings[-1], number)
+            dataset = self.label(teacher, number)
             self.preprocess(dataset)
-            trainings.append(self.train(dataset))
+            teacher = self.models.student(dataset)
+            trainings += teacher.models
+        dataset, plans_name = self.models.deployed(dataset)
         write_json_whole(str(self.out / SELFTRAIN_RESULT), {
-            "dataset": dataset, "plans": options.plans_name, "trainer": options.trainer,
-            "configuration": options.configuration, "fold": options.fold, "rounds": rounds,
+            "dataset": dataset, "plans": plans_name, "trainer": options.trainer,
+            "configuration": options.configuration, "fold": options.fold, "rounds": rounds, "options": asdict(options),
             "model": str(trainings[-1]), "trainings": [str(model) for model in trainings]})
-        print(f"\nResult: data set {dataset}, plans {options.plans_name}, trainer {options.trainer}, "
+        print(f"\nResult: data set {dataset}, plans {plans_name}, trainer {options.trainer}, "
               f"fold {options.fold}, in {trainings[-1]}\nTo predict with it:\n"
-              f"nnUNetv2_predict -d {dataset} -c {options.configuration} -f {options.fold} -p {options.plans_name} "
+              f"nnUNetv2_predict -d {dataset} -c {options.configuration} -f {options.fold} -p {plans_name} "
               f"-tr {options.trainer} -i IMAGES -o PREDICTIONS")
 
-    def write_plans(self, dataset: str) -> None:
-        """The plans of all models, for one of the data sets."""
-        file = self.folders.preprocessed / dataset / f"{self.options.plans_name}.json"
-        write_json_whole(str(file), {**self.start.plans, "dataset_name": dataset})
-
-    def train(self, dataset: str) -> Path:
-        """Fold folder of the model that is trained on a data set."""
-        options = self.options
-        model = self.folders.results / dataset / options.model_name / f"fold_{options.fold}"
-        if (model / FINAL).is_file():
-            return model
-
-        def epochs() -> int:
-            logs = model.glob("training_log_*.txt")  # one for each start
-            return min(self.start.num_epochs, sum(map(finished_epochs, logs)))
-
-        several = ["-num_gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
-        self._run(["nnUNetv2_train", dataset, options.configuration, str(options.fold), "-tr", options.trainer, "-p",
-                   options.plans_name, "-device", self.device, *several, *continue_option(model)],
-                  self.out / f"train_{dataset}.log", Progress(self.start.num_epochs, "epoch", epochs))
-        return model
-
-    def label(self, dataset: str, teacher: Path, number: int) -> str:
-        """Name of the data set with the labels that a model, trained on ``dataset``, gives to the stable cases."""
+    def label(self, teacher: Teacher, number: int) -> str:
+        """Name of the data set with the labels that a teacher gives to the stable cases."""
         folder = self.out / f"round_{number}"
-        checkpoints = {f"snapshot_{index + 1}": snapshot_file(index + 1) for index in range(self.options.snapshots)}
-        final = self.predict(dataset, FINAL, folder, "final")
-        snapshots = [self.predict(dataset, file, folder, name) for name, file in checkpoints.items()]
-        scores, kept = self.rate(final, snapshots, folder / "stability.csv")
+        final = self.predict(teacher.final, folder)
+        others = {other.name: self.predict(other, folder) for other in teacher.others}
+        scores, kept = self.rate(final, list(others.values()), folder / "stability.csv")
         empty = sorted(case for case, score in scores.items() if score is None)
         print(f"\nRound {number}: {len(kept)} of {len(scores)} unlabelled cases keep their prediction. See {folder}")
         if empty:
             print(f"  Nothing was predicted in {len(empty)}, which are not used: {', '.join(empty)}")
         if not kept:
-            raise CommandFailed(f"The model in {teacher} finds nothing in any unlabelled case, so there is nothing to "
+            where = ", ".join(map(str, teacher.models))
+            raise CommandFailed(f"The model in {where} finds nothing in any unlabelled case, so there is nothing to "
                                 "learn from its predictions. Train longer, or on more labelled cases.")
         picture = folder / "stability.png"
         if not picture.is_file():
-            rows = overlay_rows(self.source, self.start.reader, final, snapshots, scores)
-            save_stability_picture(scores, kept, rows, self.source.dataset_json, f"{dataset}, round {number}", picture)
+            names = {name.replace("_", " ").capitalize(): predictions for name, predictions in others.items()}
+            rows = overlay_rows(self.source, self.start.reader, final, names, scores)
+            title = f"{teacher.trained_on}, round {number}"
+            save_stability_picture(scores, kept, rows, self.source.dataset_json, title, picture)
         made_by = {**asdict(self.options), "round": number, "folder": str(self.out)}
-        return pseudo_labelled_dataset(self.source, number, made_by, teacher, final, scores, kept)
+        source, labels = self.source, final
+        if self.options.ignore_unstable:
+            source = replace(source, dataset_json=with_ignore_label(source.dataset_json))
+            labels = folder / "labels"
+            if not labels.is_dir():
+                write_stable_labels(final, list(others.values()), [case + self.ending for case in sorted(kept)],
+                                    source.dataset_json["labels"]["ignore"], self.start.reader, labels,
+                                    default_num_processes)
+        return pseudo_labelled_dataset(source, number, made_by, teacher.models, labels, scores, kept)
 
-    def predict(self, dataset: str, checkpoint: str, folder: Path, name: str) -> Path:
-        """Folder with a checkpoint's predictions of all unlabelled cases of the original data set."""
-        done, options = folder / "predictions" / name, self.options
+    def predict(self, predictor: Predictor, folder: Path) -> Path:
+        """Folder with the predictions of all unlabelled cases of the original data set."""
+        name = predictor.name
+        done = folder / "predictions" / name
         if done.is_dir():
             return done
         unfinished = done.with_name(f"{name}.unfinished")
         for file in unfinished.glob(f"*{self.ending}"):
             if label_values(str(file), self.start.reader)[1]:
                 file.unlink()  # cut off by a kill
-        self._run(["nnUNetv2_predict", "-i", str(self.folders.raw / self.source.name / UNLABELLED_FOLDER), "-o",
-                   str(unfinished), "-d", dataset, "-c", options.configuration, "-f", str(options.fold), "-tr",
-                   options.trainer, "-p", options.plans_name, "-chk", checkpoint, "--continue_prediction",
-                   *prediction_options(self.device, options.mirroring)], folder / f"predict_{name}.log",
+        run_shown([predictor.command, "-i", str(self.folders.raw / self.source.name / UNLABELLED_FOLDER), "-o",
+                   str(unfinished), "--continue_prediction",
+                   *prediction_options(self.device, self.options.mirroring), *predictor.model],
+                  self.device, folder / f"predict_{name}.log",
                   Progress(len(self.files), "case", lambda: len(list(unfinished.glob(f"*{self.ending}")))))
         missing = [file for file in self.files if not (unfinished / file).is_file()]
         if missing:
@@ -183,13 +174,13 @@ class SelfTraining:
         unfinished.rename(done)
         return done
 
-    def rate(self, final: Path, snapshots: Sequence[Path],
+    def rate(self, final: Path, others: Sequence[Path],
              table: Path) -> tuple[Mapping[str, float | None], Sequence[str]]:
         """Stability per case, and the cases to keep; in ``table`` too."""
         if table.is_file():
             scores = stability.read_scores(table)
         else:
-            rated = stability.stability_of_cases(final, snapshots, self.files, self.start.structures,
+            rated = stability.stability_of_cases(final, others, self.files, self.start.structures,
                                                  self.start.reader, default_num_processes)
             scores = {file.removesuffix(self.ending): score for file, score in rated.items()}
         kept = stability.most_stable(scores, self.options.keep)
@@ -204,7 +195,7 @@ class SelfTraining:
         done = folder / f"selftrain_{self.options.configuration}.done"
         if done.is_file():
             return
-        self.write_plans(dataset)
+        self.models.write_plans(dataset, self.start.student_plans())
         for file in (raw / "dataset.json", original / "dataset_fingerprint.json"):
             write_json_whole(str(folder / file.name), read_json_object(str(file)) or {})
         if isinstance(self.options.fold, int):
@@ -214,16 +205,10 @@ class SelfTraining:
             others: list[dict[str, list[str]]] = [{"train": [], "val": []} for _ in range(self.options.fold)]
             own = {"train": [*split["train"], *added], "val": split["val"]}
             write_json_whole(str(folder / "splits_final.json"), [*others, own])
-        self._run(["nnUNetv2_preprocess", "-d", str(int(dataset[7:10])), "-plans_name", self.options.plans_name, "-c",
+        run_shown(["nnUNetv2_preprocess", "-d", str(int(dataset[7:10])), "-plans_name", self.options.plans_name, "-c",
                    self.options.configuration, "-np", str(default_num_processes)],
-                  self.out / f"preprocess_{dataset}.log", Progress())
+                  self.device, self.out / f"preprocess_{dataset}.log", Progress())
         done.touch()
-
-    def _run(self, command: Sequence[str], log: Path, progress: Progress) -> None:
-        print(f"\n$ {shlex.join(command)}", flush=True)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        seconds = run_logged([command_path(command[0]), *command[1:]], log, environment(self.device, None), progress)
-        print(f"  took {seconds:.0f} s", flush=True)
 
 
 def _fold(text: str) -> int | str:
@@ -236,7 +221,7 @@ def _fold(text: str) -> int | str:
 
 def _write_options(file: Path, options: Mapping[str, object]) -> None:
     """Note what a folder's results are made with; refuse to mix them with those of other options."""
-    before = read_json_object(str(file)) or options
+    before = {**OPTION_DEFAULTS, **(read_json_object(str(file)) or options)}
     changed = [f"{name} was {before.get(name)}, now {value}" for name, value in options.items()
                if before.get(name) != value]
     if changed:

@@ -1,4 +1,6 @@
-"""How far a case's prediction changed while a model was trained: which pseudo-labels can be trusted.
+"""How far predictions of a case agree: which pseudo-labels can be trusted.
+
+They are those of one model while it was trained, or those of several models.
 
 Source: ST++ (Yang et al., "ST++: make self-training work better for semi-supervised semantic segmentation", CVPR 2022):
 images whose predictions by earlier checkpoints agree with the last one's have the more reliable pseudo-labels.
@@ -23,13 +25,14 @@ Structures = Sequence[Sequence[int]]
 
 
 def stability(final: np.ndarray, snapshots: Sequence[np.ndarray], structures: Structures) -> float | None:
-    """Mean over snapshots of ``mean_iou`` with the final prediction; None if that has no structure.
+    """Mean over the others of ``mean_iou`` with the final prediction; None if that has no structure.
 
     ST++ sums over checkpoints, which gives the same order, and counts background as a class, which fills most of a
     volume.
 
     Args:
-        final, snapshots: Label maps ``(*spatial)`` of one case, by the final model and by those on the way.
+        final: Label map ``(*spatial)`` of one case.
+        snapshots: Label maps of the same case, by the model on its way, or by each model of an ensemble.
         structures: Without background.
     """
     if not np.isin(final, [value for values in structures for value in values]).any():

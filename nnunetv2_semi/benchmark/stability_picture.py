@@ -53,15 +53,15 @@ def save_stability_picture(
 
 
 def overlay_rows(
-    source: Source, reader: type[BaseReaderWriter], final: Path, snapshots: Sequence[Path],
+    source: Source, reader: type[BaseReaderWriter], final: Path, others: Mapping[str, Path],
     scores: Mapping[str, float | None],
 ) -> list[PictureRow]:
-    """The most and the least stable case: first channel, final prediction and snapshots'.
+    """The most and the least stable case: first channel, final prediction and those it is compared with.
 
     Args:
         source: Data set with the unlabelled cases.
         reader: nnU-Net's of images and predictions.
-        final, snapshots: Folders with the predictions.
+        final, others: Folders with the predictions; with names.
         scores: Stability per case.
     """
     order = ranked(scores)
@@ -70,8 +70,8 @@ def overlay_rows(
     for case in dict.fromkeys((order[0], order[-1])):
         image, properties = reader().read_images([next(iter(source.unlabelled[case].images.values()))])
         label = case + source.dataset_json["file_ending"]
-        folders = {"Final": final} | {f"Snapshot {number}": folder for number, folder in enumerate(snapshots, 1)}
-        maps = {name: reader().read_seg(str(folder / label))[0][0] for name, folder in folders.items()}
+        maps = {name: reader().read_seg(str(folder / label))[0][0]
+                for name, folder in {"Final": final, **others}.items()}
         height, width = properties["spacing"][-2:]
         rows.append(PictureRow(f"{case}: {scores[case]:.2f}", {str(channel): image[0]}, maps, {}, height / width))
     return rows

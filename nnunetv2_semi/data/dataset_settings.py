@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nnunetv2_semi.errors import UserError
 
-_ALLOWED_KEYS = ("modalities", "domains", "plan_with_unlabelled")
+_ALLOWED_KEYS = ("modalities", "domains", "plan_with_unlabelled", "plan_joined_passes")
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class DatasetSettings:
         modalities: name of each modality and the indices of its channels, in order; None where dataset.json names none.
         domains: name of each domain and the patterns (as in `fnmatch`) of its case names.
         plan_with_unlabelled: shapes and spacings of unlabelled cases enter the plan.
+        plan_joined_passes: the plan has a smaller patch, so that the forward passes of a step fit the memory together.
     """
 
     modalities: dict[str, tuple[int, ...]] | None = None
     domains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plan_with_unlabelled: bool = False
+    plan_joined_passes: bool = False
 
 
 def named_channels(dataset_json: dict) -> dict[str, str]:
@@ -56,16 +58,21 @@ def read_dataset_settings(dataset_json: dict, where: str = "dataset.json") -> Da
     unknown = [key for key in settings if key not in _ALLOWED_KEYS]
     if unknown:
         raise UserError(f'"semi" in {where} has the unknown key {_list(unknown)}. Allowed: {_list(_ALLOWED_KEYS)}.')
-    plan_with_unlabelled = settings.get("plan_with_unlabelled", False)
-    if not isinstance(plan_with_unlabelled, bool):
-        raise UserError(f'"plan_with_unlabelled" in {where} must be true or false, not {plan_with_unlabelled!r}.')
     return DatasetSettings(
         modalities=_modalities(settings["modalities"], num_channels(dataset_json), where)
         if "modalities" in settings
         else None,
         domains=_domains(settings.get("domains", {}), where),
-        plan_with_unlabelled=plan_with_unlabelled,
+        plan_with_unlabelled=_true_or_false(settings, "plan_with_unlabelled", where),
+        plan_joined_passes=_true_or_false(settings, "plan_joined_passes", where),
     )
+
+
+def _true_or_false(settings: dict, key: str, where: str) -> bool:
+    value = settings.get(key, False)
+    if not isinstance(value, bool):
+        raise UserError(f'"{key}" in {where} must be true or false, not {value!r}.')
+    return value
 
 
 def _modalities(value: object, channel_count: int, where: str) -> dict[str, tuple[int, ...]]:

@@ -39,6 +39,9 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         label_manager: of the data set.
         transforms: nnU-Net's training transforms; None for none.
         mask_needed: give the transforms the mask of the non-zero region (-1 outside) as segmentation.
+        foreground: of some cases, voxels that a network takes for foreground, by label, as rows (0, z, y, x).
+        foreground_share: of a batch's patches that are centred on such a voxel of their case, as nnU-Net centres some
+            of the labelled patches; where none is known for a case, its patch is a random one.
     """
 
     def __init__(
@@ -50,10 +53,14 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         label_manager: LabelManager,
         transforms: BasicTransform | None,
         mask_needed: bool,
+        foreground: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+        foreground_share: float = 0.0,
     ) -> None:
         super().__init__(data, batch_size, tuple(initial_patch_size), tuple(patch_size), label_manager)
         self.transforms = transforms
         self.mask_needed = mask_needed
+        self.foreground = foreground or {}
+        self.first_on_foreground = round(batch_size * (1 - foreground_share))
         # with an ignore label nnU-Net draws from annotated voxels only; here there are none
         self.has_ignore = False
 
@@ -61,11 +68,12 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         """Return {"data": float32 (B, C, *spatial), "keys": names of the B cases}."""
         keys = [str(key) for key in self.get_indices()]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            return {"data": torch.stack([self._patch(key) for key in keys]), "keys": keys}
+            return {"data": torch.stack([self._patch(key, number) for number, key in enumerate(keys)]), "keys": keys}
 
-    def _patch(self, key: str) -> torch.Tensor:
+    def _patch(self, key: str, number: int) -> torch.Tensor:
         image, mask, _, _ = self._data.load_case(key)
-        lower, upper = self.get_bbox(image.shape[1:], False, None)
+        voxels = self.foreground.get(key, {}) if number >= self.first_on_foreground else {}
+        lower, upper = self.get_bbox(image.shape[1:], bool(voxels), voxels)
         box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
         sample = {"image": torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()}
         if self.mask_needed:
@@ -77,21 +85,6 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         if self.transforms is not None:
             sample = self.transforms(**sample)
         return sample["image"].float()
-
-
-def unlabelled_patch_loader(
-    dataset: nnUNetBaseDataset,
-    batch_size: int,
-    initial_patch_size: Sequence[int],
-    patch_size: Sequence[int],
-    label_manager: LabelManager,
-    transforms: BasicTransform | None,
-    mask_needed: bool,
-) -> nnUNetDataLoader:
-    """Loader of unlabelled patches; arguments and batches as in `UnlabelledPatchLoader`."""
-    return UnlabelledPatchLoader(
-        dataset, batch_size, initial_patch_size, patch_size, label_manager, transforms, mask_needed
-    )
 
 
 class SeededBatches(Dataset):

@@ -29,11 +29,24 @@ def paste(inside: torch.Tensor, pasted: Patches, onto: Patches) -> Patches:
     return [paste(inside, box, whole) for box, whole in zip(pasted, onto, strict=True)]
 
 
+def boxes_to_paste(image: torch.Tensor, partner: torch.Tensor, share: float) -> torch.Tensor:
+    """A random box in each patch of ``image`` (B, C, *spatial), ``share`` of its sides: bool (B, 1, *spatial).
+
+    No box where the patch or its ``partner``, of the same shape, lacks a channel that the other has: a patch shows the
+    channels of one case. Draws from torch's global random state of the CPU.
+    """
+    return Boxes.draw(len(image), image.shape[2:], share).inside(image.device) & same_channels(image, partner)
+
+
+def same_channels(image: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """Whether patches (B, C, *spatial) have the channels that their partners have: bool (B, 1, *1)."""
+    same = (present_channels(image) == present_channels(partner)).all(1)
+    return same.view(-1, *[1] * (image.ndim - 1))
+
+
 @dataclass(frozen=True)
 class CutMix:
-    """Which voxels of each patch of a batch come from the next patch of the batch.
-
-    Patches of which one lacks a channel that the other has are not mixed: a patch shows the channels of one case.
+    """Which voxels of each patch of a batch come from the next patch of the batch, see `boxes_to_paste`.
 
     Source: Yun et al., "CutMix: regularization strategy to train strong classifiers with localizable features", ICCV
     2019; for segmentation French et al., "Semi-supervised semantic segmentation needs strong, varied perturbations",
@@ -46,14 +59,8 @@ class CutMix:
 
     @classmethod
     def draw(cls, image: torch.Tensor, share: float) -> CutMix:
-        """A random box in each patch of ``image`` (B, C, *spatial), ``share`` of its sides; 0: nothing is mixed.
-
-        Draws from torch's global random state of the CPU.
-        """
-        inside = Boxes.draw(len(image), image.shape[2:], share).inside(image.device)
-        present = present_channels(image)
-        same = (present == present.roll(-1, 0)).all(1)
-        return cls(inside & same.view(-1, *[1] * (image.ndim - 1)))
+        """A random box in each patch of ``image`` (B, C, *spatial), ``share`` of its sides; 0: nothing is mixed."""
+        return cls(boxes_to_paste(image, image.roll(-1, 0), share))
 
     def of(self, patches: Patches) -> Patches:
         """``patches`` (B, C, *spatial), or a list of such tensors at a network's scales, mixed."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.data.largest_component import largest_components
-from nnunetv2_semi.data.mixing import paste
+from nnunetv2_semi.data.mixing import paste, same_channels
 from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels, nearest
 from nnunetv2_semi.losses.masked_dice_ce import masked_dice_ce
 from nnunetv2_semi.losses.predictions import Logits, all_scales, probabilities
@@ -110,7 +110,10 @@ class BCP(Method):
         inside = Boxes.draw(len(pairs), batch.labelled.shape[2:], self.settings.box).inside(batch.labelled.device)
         labelled, unlabelled = batch.labelled[j], batch.unlabelled
         targets = [target[j] for target in all_scales(batch.target)]
-        for name, true, partner in (("in", ~inside, p), ("out", inside, q)):
+        # A patch shows the channels of one case: of pairs that differ in them x_in is labelled, x_out unlabelled whole.
+        for name, partner in (("in", p), ("out", q)):
+            box = inside & same_channels(labelled, unlabelled[partner])
+            true = ~box if name == "in" else box
             yield _Pasted(paste(true, labelled, unlabelled[partner]),
                           partial(self._terms, name, true, targets, pseudo_labels[partner]))
 

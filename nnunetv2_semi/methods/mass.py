@@ -68,7 +68,7 @@ class MASSSettings(BaseSettings):
     contrast_tokens: Literal["normalised", "released"] = "normalised"
     contrast_stage: int = 1
     pseudo_weight: float = 0.1
-    ramp_fraction: float = 1.0
+    ramp_fraction: float = 0.2
     predict: Predict = "segmentation"
     refine: bool = False
     skip_finest: int = 1

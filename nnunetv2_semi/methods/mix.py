@@ -18,7 +18,7 @@ from torch import nn
 
 from nnunetv2_semi.data.flips import Flips
 from nnunetv2_semi.data.largest_component import largest_components
-from nnunetv2_semi.data.mixing import CutMix, paste
+from nnunetv2_semi.data.mixing import boxes_to_paste, paste
 from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels
 from nnunetv2_semi.losses.predictions import all_scales, probabilities
 from nnunetv2_semi.methods.base import Batch, Context, Method, Term
@@ -78,7 +78,8 @@ class Mix(Method):
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
-        return 3
+        assert isinstance(settings, MixSettings)
+        return 2 + (settings.labelled_mixing > 0)
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         settings = self.settings
@@ -87,6 +88,7 @@ class Mix(Method):
             image, target = pasted_into_each_other(batch, settings.labelled_box)
             images, targets = [*images, image], [*targets, target]
         weight = self._weight()
+        self.metrics["unlabelled_voxels_used"] = batch.labelled.new_zeros(())
         if weight > 0:
             image, labels, counted = self._pseudo_labelled(batch)
             images = [*images, image]
@@ -113,8 +115,7 @@ class Mix(Method):
         self.metrics["confident_foreground"] = _share_of_foreground(labels, counted)
         if self._keeps_largest:
             labels = largest_components(labels)
-        mixing = CutMix.draw(batch.unlabelled, settings.cutmix)
-        image, labels, counted = self._mixed(batch, mixing, batch.unlabelled, labels, counted)
+        image, labels, counted = self._mixed(batch, batch.unlabelled, labels, counted)
         image = intensity_view(image, settings)
         if settings.spatial_view == "flips":
             flips = Flips.draw(len(image), self.context.mirror_axes)
@@ -137,22 +138,24 @@ class Mix(Method):
             counted |= own & (confidence >= mean.clamp(max=threshold))
         return counted
 
-    def _mixed(self, batch: Batch, mixing: CutMix, image: torch.Tensor, labels: torch.Tensor,
-               counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Patches, labels and weights with the boxes pasted in, from other unlabelled patches or from labelled ones."""
-        mixed = mixing.of(image), mixing.of(labels), mixing.of(counted)
-        if self.settings.partner == "unlabelled":
-            return mixed
+    def _mixed(self, batch: Batch, *own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unlabelled patches, their labels and weights (``own``) with the boxes of their partners pasted in."""
+        partners = self._partners(batch, own)
+        inside = boxes_to_paste(own[0], partners[0], self.settings.cutmix)
+        image, labels, counted = (paste(inside, partner, mine) for partner, mine in zip(partners, own, strict=True))
+        return image, labels, counted
+
+    def _partners(self, batch: Batch, own: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """Patch, labels and weights to paste into each unlabelled patch: the next one's, or a labelled patch's."""
+        following, partner = [mine.roll(-1, 0) for mine in own], self.settings.partner
+        if partner == "unlabelled":
+            return following
         truth, known = known_labels(all_scales(batch.target)[0], self.context.regions, self.context.ignore_label)
-        partner = torch.arange(len(image), device=image.device) % len(batch.labelled)
-        known = known.expand(-1, counted.shape[1], *known.shape[2:])
-        pasted = tuple(paste(mixing.inside, labelled[partner].to(own), own) for labelled, own in
-                       ((batch.labelled, image), (truth, labels), (known, counted)))
-        if self.settings.partner == "labelled":
-            return pasted  # type: ignore[return-value]
-        half = (len(image) + 1) // 2
-        first, second, third = (torch.cat([a[:half], b[half:]]) for a, b in zip(mixed, pasted, strict=True))
-        return first, second, third
+        known = known.expand(-1, own[2].shape[1], *known.shape[2:])
+        rows = torch.arange(len(own[0]), device=own[0].device) % len(batch.labelled)
+        labelled = [one[rows].to(mine.dtype) for one, mine in zip((batch.labelled, truth, known), own, strict=True)]
+        half = (len(rows) + 1) // 2 if partner == "both" else 0
+        return [torch.cat([a[:half], b[half:]]) for a, b in zip(following, labelled, strict=True)]
 
     def after_step(self) -> None:
         self.teacher.update()

@@ -36,14 +36,15 @@ class SemiCMLSettings(BaseSettings):
     ramps up; the paper's is constant), temperature, areas
     ("slice": 2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas
     (those in which neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of
-    the mean squared difference, sigmoid ramp-up over ramp_fraction of training).
+    the mean squared difference, sigmoid ramp-up over ramp_fraction of training, the paper's 1).
     Stage 2: prel (have it at all), prel_weight (of all its terms; the paper's are weighted 1 beside 10 BCE + 7 Dice),
     prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
     passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
     better modality learns from itself too), better_modality (None: chosen by the Dice on labelled training patches),
     soft_label (the paper's "better": of the better modality's teacher; "mean": of all teachers, and all modalities
     learn from it throughout stage 2),
-    teacher ("ema" with ema_decay, or the paper's "best_model_average"), drop_supervised_in_prel (the paper's code).
+    teacher ("ema" with ema_decay, None: follows the length of training; or the paper's "best_model_average"),
+    drop_supervised_in_prel (the paper's code).
     deploy: the students or the averaged teachers.
     """
 
@@ -55,7 +56,7 @@ class SemiCMLSettings(BaseSettings):
     max_slices: int = 16
     empty_areas: bool = False
     consistency_weight: float = 1.0
-    ramp_fraction: float = 1.0
+    ramp_fraction: float = 0.2
     prel: bool = True
     prel_weight: float = 0.1
     prel_start: float = 0.63
@@ -67,7 +68,7 @@ class SemiCMLSettings(BaseSettings):
     better_modality: str | None = None
     soft_label: Literal["better", "mean"] = "better"
     teacher: Literal["ema", "best_model_average"] = "ema"
-    ema_decay: float = 0.99
+    ema_decay: float | None = None
     drop_supervised_in_prel: bool = False
     deploy: Literal["student", "teacher"] = "student"
 
@@ -90,8 +91,8 @@ class SemiCML(Method):
         super().__init__(student, settings, context)
         self.names = student.names
         self._teachers = nn.ModuleList(
-            EMATeacher(branch, settings.ema_decay) if settings.teacher == "ema" else BestModelAverage(branch)
-            for branch in student.branches)
+            EMATeacher(branch, settings.teacher_decay(settings.ema_decay)) if settings.teacher == "ema"
+            else BestModelAverage(branch) for branch in student.branches)
         self.scores = ModalityScores(self.names, context.regions, context.ignore_label)
 
     # networks

@@ -22,10 +22,12 @@ class Settings:
     hundred steps 0.9, with a larger initial_lr, suits better.
     seed: of network initialisation, sampling, augmentation and noise.
     unlabelled_batch_size: patches per step; None takes the plan's batch size.
+    unlabelled_foreground: share of unlabelled patches that are centred on what the network takes for foreground, as
+        nnU-Net centres a third of the labelled ones; it looks after a tenth, three and six tenths of training.
     unlabelled_weight: multiplies every unlabelled term (0 leaves the supervised loss alone).
     arrangement: "sequential" runs a step's passes one after another and accumulates gradients, "one_pass" joins them
         (faster, more memory), "auto" joins as many as the plan has room for (planned_graphs).
-    planned_graphs: network graphs that fit in memory at once; written by nnUNetPlannerSemi, 1 for stock plans.
+    planned_graphs: forward passes that the plan has memory for at once; written by the planners, 1 for stock plans.
     gradient_checkpointing: recompute what is within a stage of a network for its gradient (less memory, slower).
     final_validation: after training, nnU-Net's prediction of the fold's validation cases; `--val` makes up for it.
     snapshots: checkpoints kept on the way, at equal distances: checkpoint_snapshot_1.pth and so on.
@@ -47,6 +49,7 @@ class Settings:
     deep_supervision: bool = True
     seed: int = 0
     unlabelled_batch_size: int | None = None
+    unlabelled_foreground: float = 0.0
     unlabelled_weight: float = 1.0
     arrangement: Literal["auto", "sequential", "one_pass"] = "auto"
     planned_graphs: int = 1
@@ -66,7 +69,7 @@ class Settings:
         self.at_least(1, "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every",
                       "planned_graphs", "max_skipped_steps", "unlabelled_batch_size")
         self.at_least(0, "unlabelled_weight", "seed", "pictures", "snapshots", "rotation")
-        self.fractions("drop_modality")
+        self.fractions("drop_modality", "unlabelled_foreground")
         self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self.positive("initial_lr")
 

@@ -39,6 +39,11 @@ class Supervised(Method):
     uses_unlabelled: ClassVar[bool] = False
     settings: SupervisedSettings
 
+    @classmethod
+    def graphs(cls, settings: BaseSettings) -> int:
+        assert isinstance(settings, SupervisedSettings)
+        return 1 + (settings.labelled_mixing > 0)
+
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         weight = self.settings.labelled_mixing
         if weight == 0:

@@ -21,12 +21,14 @@ import SimpleITK as sitk
 import torch
 
 from nnunetv2_semi import cli
-from nnunetv2_semi.benchmark import execution, self_training
+from nnunetv2_semi.benchmark import execution, self_training, self_training_models
+from nnunetv2_semi.benchmark.fine_tuning import begin_fine_tuning
 from nnunetv2_semi.benchmark.jobs import Folders, Job
 from nnunetv2_semi.benchmark.pseudo_labelled import pseudo_labelled_dataset
 from nnunetv2_semi.benchmark.self_training_input import Options, checked_start
+from nnunetv2_semi.benchmark.self_training_models import Predictor
 from nnunetv2_semi.benchmark.source_cases import read_source
-from nnunetv2_semi.benchmark.stability import read_scores
+from nnunetv2_semi.benchmark.stability import read_scores, stability
 from nnunetv2_semi.benchmark.study import Entry, Study
 from nnunetv2_semi.commands import CommandFailed
 
@@ -73,8 +75,8 @@ def variables(workspace: Path) -> dict[str, str]:
             "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f", "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
 
 
-def start(workspace: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "nnunetv2_semi.cli", *CALL], text=True, env=variables(workspace),
+def start(workspace: Path, call: list[str] = CALL) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "nnunetv2_semi.cli", *call], text=True, env=variables(workspace),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
@@ -160,6 +162,155 @@ def test_finished_it_does_nothing_more_and_mixes_no_options(here: Path, capsys: 
     assert "keep was 0.4, now 0.9" in capsys.readouterr().err
     assert cli.main([*CALL, "--snapshots", "2"]) == 1
     assert "models were trained with it" in capsys.readouterr().err
+    for option, change in ((["--teachers", "2"], "teachers was 1, now 2"),
+                           (["--ignore-unstable"], "ignore_unstable was False, now True"),
+                           (["--finetune", "0.4"], "finetune was 0.0, now 0.4")):
+        assert cli.main([*CALL, *option]) == 1
+        assert change in capsys.readouterr().err
+
+
+def test_results_of_a_version_without_some_options_are_gone_on_with(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = here / "nnUNet_results" / SOURCE / f"selftrain__{MODEL}__fold_0"
+    if not out.exists():
+        pytest.skip("the first test made nothing")
+    options, record = out / "selftrain_options.json", here / "nnUNet_raw" / NEW / "selftrain.json"
+    before = {file: json.loads(file.read_text()) for file in (options, record)}
+    new = ("teachers", "ignore_unstable", "finetune")
+    made_by = {key: value for key, value in before[record]["made_by"].items() if key not in new}
+    options.write_text(json.dumps({key: value for key, value in before[options].items() if key not in new}))
+    record.write_text(json.dumps({**before[record], "made_by": made_by}))
+    try:
+        assert cli.main(CALL) == 0
+        assert "$ nnUNetv2_" not in capsys.readouterr().out
+        assert json.loads(options.read_text()) == before[options]
+    finally:
+        record.write_text(json.dumps(before[record]))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_ensemble_labels_what_is_stable_and_the_student_is_fine_tuned_on_true_labels(workspace: Path) -> None:
+    raw, preprocessed, results = (workspace / name for name in FOLDERS)
+    trainer, plans_name, out = "nnUNetTrainerSemiMeanTeacher", f"{PLANS}_selftrain", workspace / "ensemble"
+    call = [*CALL, "-tr", trainer, "-f", "all", "--teachers", "2", "--ignore-unstable", "--finetune", "0.4", "--out",
+            str(out)]  # fmt: skip
+    split = preprocessed / SOURCE / "splits_final.json"
+    split_before = split.read_bytes() if split.exists() else None
+    killed = start(workspace, call)
+
+    def tuned() -> list[Path]:
+        return list((results / SOURCE).glob(f"{trainer}__{plans_name}_finetuned*/fold_all"))
+
+    try:
+        end = time.monotonic() + 1200
+        while not (tuned() and list(tuned()[0].glob("training_log_*"))) and killed.poll() is None \
+                and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        text, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, text
+    process = start(workspace, call)
+    try:
+        text, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == 0, text
+    assert text.count("$ nnUNetv2_") == 1 and "nnUNetv2_train" in text and " --c" in text, text
+
+    # two teachers that differ in the seed; the pseudo-label is the prediction of both together
+    models = [results / SOURCE / f"{trainer}__{name}__3d_fullres" / "fold_all" / "checkpoint_final.pth"
+              for name in (plans_name, f"{plans_name}_teacher2")]  # fmt: skip
+    weights = [torch.load(model, map_location="cpu", weights_only=False)["network_weights"] for model in models]
+    assert any(not torch.equal(first, second) for first, second in zip(*map(dict.values, weights), strict=True))
+    assert [(out / "ensemble" / f"fold_{number}" / "checkpoint_final.pth").resolve() for number in range(2)] == models
+    folders = {name: out / "round_1" / "predictions" / name for name in ("final", "teacher_1", "teacher_2")}
+    assert sorted(path.name for path in (out / "round_1" / "predictions").iterdir()) == sorted(folders)
+    scores = read_scores(out / "round_1" / "stability.csv")
+    for case, score in scores.items():
+        final, *members = (voxels(folder / f"{case}.nii.gz") for folder in folders.values())
+        assert score == stability(final, members, structures(raw))
+
+    # voxels on which they differ are ignored
+    result = json.loads((out / "selftrain_result.json").read_text())
+    (student,) = {file.parent for file in raw.glob("*/selftrain.json")} - {raw / NEW}
+    record = json.loads((student / "selftrain.json").read_text())
+    wanted = {"teachers": 2, "ignore_unstable": True, "finetune": 0.4, "keep": 0.4, "fold": "all"}
+    assert record["made_by"].items() >= wanted.items() and result["options"].items() >= wanted.items()
+    assert record["teachers"] == [str(model.parent) for model in models]
+    (kept,) = record["pseudo_labelled"]
+    final, *members = (voxels(folder / f"{kept}.nii.gz") for folder in folders.values())
+    labels = json.loads((student / "dataset.json").read_text())["labels"]
+    ignore = max(json.loads((raw / SOURCE / "dataset.json").read_text())["labels"].values()) + 1
+    assert labels["ignore"] == ignore
+    differ = (members[0] != final) | (members[1] != final)
+    assert np.array_equal(voxels(student / "labelsTr" / f"{kept}.nii.gz"), np.where(differ, ignore, final))
+
+    # the student's epochs and those on the original data set make up a whole training, the later ones with the
+    # learning rate of their place in it
+    fine_tuned, first = tuned()[0], results / student.name / f"{trainer}__{plans_name}__3d_fullres" / "fold_all"
+    before, after = (torch.load(model / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+                     for model in (first, fine_tuned))  # fmt: skip
+    assert before["current_epoch"] == 2 and after["current_epoch"] == 3
+    assert after["logging"]["train_losses"][:2] == before["logging"]["train_losses"]
+    expected = before["logging"]["lrs"][0] * (1 - 2 / 3) ** 0.9
+    assert after["logging"]["lrs"][2] == pytest.approx(expected)
+    assert after["init_args"]["dataset_json"] == json.loads((preprocessed / SOURCE / "dataset.json").read_text())
+    assert result["dataset"] == SOURCE and result["plans"] == fine_tuned.parent.name.split("__")[1]
+    assert result["trainings"] == [*record["teachers"], str(fine_tuned)] and result["model"] == str(fine_tuned)
+    assert f"nnUNetv2_predict -d {SOURCE} -c 3d_fullres -f all -p {result['plans']}" in text
+    assert (split.read_bytes() if split.exists() else None) == split_before
+
+
+def structures(raw: Path) -> list[list[int]]:
+    labels = json.loads((raw / SOURCE / "dataset.json").read_text())["labels"]
+    return [[value] for value in labels.values() if value]
+
+
+def test_teachers_have_seeds_of_their_own_and_fine_tuning_does_not_lengthen_a_training(here: Path) -> None:
+    options = Options(SOURCE, "3d_fullres", "all", PLANS, "nnUNetTrainerSemiSupervised", 0.5, 1, True, 3, False, 0.4)
+    start = checked_start(options, read_source(SOURCE), Folders.from_environment())
+
+    def semi(plans: dict) -> dict:
+        return plans["configurations"]["3d_fullres"]["semi"]
+
+    teachers = [start.teacher_plans(number) for number in (1, 2, 3)]
+    assert [plans["plans_name"].removeprefix(PLANS) for plans in teachers] == [
+        "_selftrain", "_selftrain_teacher2", "_selftrain_teacher3"]  # fmt: skip
+    assert [semi(plans).get("seed", 0) for plans in teachers] == [0, 1000, 2000]
+    assert [semi(plans)["num_epochs"] for plans in teachers] == [3, 3, 3]
+    assert semi(start.student_plans())["num_epochs"] == start.student_epochs == 2
+    assert semi(start.fine_tuning_plans("Dataset012_New"))["num_epochs"] == 3 and start.fine_tuning_epochs == 1
+    assert start.student_plans()["plans_name"] == f"{PLANS}_selftrain"
+    assert start.fine_tuning_plans("Dataset012_New")["plans_name"] == f"{PLANS}_selftrain_finetuned012"
+
+
+def test_fine_tuning_begins_with_all_of_the_student_and_another_student_is_refused(tmp_path: Path) -> None:
+    student, model, weights = tmp_path / "student", tmp_path / "model", torch.rand(3)
+    student.mkdir()
+
+    def trained(finished: float) -> None:
+        torch.save({
+            "logging": {"epoch_end_timestamps": [1.0, finished]}, "init_args": {"fold": "all", "plans": {}},
+            "network_weights": {"seg_layers.0.weight": weights}, "current_epoch": 2,
+            "nnunetv2_semi": {"optimizer_states": [{"schedule": {"max_steps": 2, "ctr": 1}}]},
+        }, student / "checkpoint_final.pth")  # fmt: skip
+
+    trained(2.0)
+    begin_fine_tuning(student, model, {"plans_name": "P"}, {}, 3)
+    begun = model / "checkpoint_latest.pth"
+    content = begun.read_bytes()
+    written = torch.load(begun, weights_only=False)
+    assert written["init_args"] == {"fold": "all", "plans": {"plans_name": "P"}, "dataset_json": {}}
+    assert torch.equal(written["network_weights"]["seg_layers.0.weight"], weights) and written["current_epoch"] == 2
+    # second networks' schedules go on with the length of the whole training
+    assert written["nnunetv2_semi"]["optimizer_states"] == [{"schedule": {"max_steps": 3, "ctr": 1}}]
+    begin_fine_tuning(student, model, {"plans_name": "P"}, {}, 3)
+    assert begun.read_bytes() == content
+    trained(3.0)
+    with pytest.raises(CommandFailed, match="was fine-tuned from another student"):
+        begin_fine_tuning(student, model, {"plans_name": "P"}, {}, 3)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -175,6 +326,10 @@ def test_finished_it_does_nothing_more_and_mixes_no_options(here: Path, capsys: 
     (["--keep", "0"], "--keep must be above 0"),
     (["--rounds", "0"], "--rounds must be at least 1"),
     (["--snapshots", "3"], "3 epochs has no room for 3 snapshots"),
+    (["--snapshots", "2", "--finetune", "0.4"], "2 epochs has no room for 2 snapshots"),
+    (["--teachers", "0"], "--teachers must be at least 1"),
+    (["--finetune", "1"], "--finetune must be at least 0 and below 1"),
+    (["--finetune", "0.1"], "--finetune 0.1 of 3 epochs leaves no epoch for the fine-tuning"),
 ])  # fmt: skip
 def test_a_wrong_call_is_refused_before_anything_starts(
     here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, change: list[str], message: str
@@ -230,10 +385,11 @@ def test_predictions_that_a_kill_cut_off_are_made_again(
             shutil.copy(whole, missing)
         return 0
 
-    monkeypatch.setattr(self_training, "run_logged", run_logged)
+    monkeypatch.setattr(self_training_models, "run_logged", run_logged)
+    final = Predictor("final", "nnUNetv2_predict", ["-d", SOURCE])
     with pytest.raises(CommandFailed, match=f"no prediction for {missing.name}"):
-        steps.predict(SOURCE, "checkpoint_final.pth", tmp_path, "final")
-    folder = steps.predict(SOURCE, "checkpoint_final.pth", tmp_path, "final")
+        steps.predict(final, tmp_path)
+    folder = steps.predict(final, tmp_path)
     assert asked == [[cut_off.name, missing.name], [missing.name]]
     assert sorted(file.name for file in folder.iterdir()) == steps.files and not unfinished.exists()
 
@@ -249,7 +405,7 @@ def test_two_at_a_time_get_different_ids_and_each_finds_its_own_again(
         shutil.copy(min((tmp_path / SOURCE / "labelsTr").iterdir()), tmp_path / f"{case}.nii.gz")
 
     def made(keep: float) -> str:
-        return pseudo_labelled_dataset(source, 1, {"keep": keep}, tmp_path, tmp_path, dict.fromkeys(kept, keep), kept)
+        return pseudo_labelled_dataset(source, 1, {"keep": keep}, [tmp_path], tmp_path, dict.fromkeys(kept, keep), kept)
 
     with ThreadPoolExecutor(4) as threads:
         names = list(threads.map(made, [0.1, 0.2, 0.3, 0.4]))
@@ -268,7 +424,8 @@ def test_a_study_predicts_with_the_model_that_self_training_names(
     (folders.raw / SOURCE / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
     (folders.preprocessed / SOURCE).mkdir(parents=True)
     (folders.preprocessed / SOURCE / "P.json").write_text(json.dumps({"configurations": {"3d_fullres": {}}}))
-    entry = Entry("nnUNetTrainerSemiSupervised", selftrain={"rounds": 1, "keep": 0.3})
+    entry = Entry("nnUNetTrainerSemiSupervised", selftrain={"rounds": 1, "keep": 0.3, "teachers": 2,
+                                                            "ignore_unstable": True, "finetune": 0.2})
     job = Job(Study(tmp_path / "study", (1,), (entry,)), entry, SOURCE, "method", "all", 0, "P", folders)
     trainings = [tmp_path / "teacher", tmp_path / "student"]
     commands = []
@@ -278,7 +435,10 @@ def test_a_study_predicts_with_the_model_that_self_training_names(
         if "selftrain" in command:
             parser = argparse.ArgumentParser()
             self_training.add_arguments(parser)
-            out = parser.parse_args(command[command.index("selftrain") + 1 :]).out
+            call = parser.parse_args(command[command.index("selftrain") + 1 :])
+            assert (call.rounds, call.keep, call.teachers) == (1, 0.3, 2)
+            assert call.ignore_unstable is True and call.finetune == 0.2
+            out = call.out
             out.mkdir(parents=True)
             (out / "selftrain_result.json").write_text(json.dumps(
                 {"dataset": NEW, "plans": "Q", "trainings": list(map(str, trainings))}))  # fmt: skip

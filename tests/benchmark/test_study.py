@@ -95,6 +95,12 @@ def test_what_decides_the_result_is_in_the_digest(tmp_path):
     (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {round: 1}}\n"), "unknown key 'round'.*mean rounds"),
     (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {rounds: 0}}\n"), "rounds must be a whole number"),
     (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {keep: 1.5}}\n"), "keep must be a number above 0"),
+    (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {teachers: 0}}\n"),
+     "teachers must be a whole number"),
+    (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {finetune: 1}}\n"),
+     "finetune must be a number of at least 0"),
+    (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {ignore_unstable: 1}}\n"),
+     "ignore_unstable must be true or false"),
 ])
 def test_a_wrong_file_is_refused_with_the_key(tmp_path, change, message):
     assert change[0] in STUDY

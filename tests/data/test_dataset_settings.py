@@ -9,21 +9,23 @@ BASE = {"channel_names": {"0": "CT", "1": "T1", "2": "T2"}}
 
 
 def test_without_the_object_all_is_default():
-    assert read_dataset_settings(BASE) == DatasetSettings(None, {}, False)
+    assert read_dataset_settings(BASE) == DatasetSettings(None, {}, False, False)
 
 
 def test_values_are_read():
     semi = {"modalities": {"CT": [0], "MR": [1, 2]}, "domains": {"a": "A_*", "b": ["B_*", "C_*"]}}
-    settings = read_dataset_settings(dict(BASE, semi=semi | {"plan_with_unlabelled": True}))
+    semi |= {"plan_with_unlabelled": True, "plan_joined_passes": True}
+    settings = read_dataset_settings(dict(BASE, semi=semi))
     assert settings.modalities == {"CT": (0,), "MR": (1, 2)}
     assert settings.domains == {"a": ("A_*",), "b": ("B_*", "C_*")}
     assert settings.plan_with_unlabelled is True
+    assert settings.plan_joined_passes is True
 
 
 @pytest.mark.parametrize(
     ("semi", "message"),
     [
-        ({"modality": {}}, '"modality".*"modalities", "domains", "plan_with_unlabelled"'),
+        ({"modality": {}}, '"modality".*"modalities", "domains", "plan_with_unlabelled", "plan_joined_passes"'),
         ([], "must be an object"),
         ({"modalities": {}}, '"modalities" must name'),
         ({"modalities": {"CT": 0}}, "'CT'"),
@@ -32,6 +34,7 @@ def test_values_are_read():
         ({"modalities": {"CT": [0], "MR": [0, 1]}}, "channel 0 twice"),
         ({"domains": {"a": 1}}, "'a'"),
         ({"plan_with_unlabelled": "yes"}, "\"plan_with_unlabelled\".*'yes'"),
+        ({"plan_joined_passes": 1}, '"plan_joined_passes" in dataset.json must be true or false, not 1'),
     ],
 )
 def test_mistakes_are_named(semi, message):

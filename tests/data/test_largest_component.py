@@ -1,9 +1,10 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semi.data.largest_component import largest_components
+from nnunetv2_semi.data.largest_component import largest_components, number_of_components
 
 
 def flooded(mask, start):
@@ -43,3 +44,20 @@ def test_a_map_without_foreground_and_one_without_islands_stay():
     assert torch.equal(largest_components(labels), labels)
     labels[0, 0, 4, 4] = 3
     assert largest_components(labels)[0, 0, 4, 4] == 0
+
+
+@pytest.mark.parametrize("shape", [(9, 11), (5, 6, 7)])
+@pytest.mark.parametrize("share", [0.05, 0.2, 1.0])
+def test_components_are_counted(shape, share):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
+    unseen, count = {tuple(voxel) for voxel in mask.nonzero().tolist()}, 0
+    while unseen:
+        unseen -= flooded(mask, next(iter(unseen)))
+        count += 1
+    assert number_of_components(mask.numpy()) == count
+
+
+def test_voxels_that_share_a_corner_are_one_component_and_nothing_is_none():
+    assert number_of_components(np.eye(4, dtype=bool)) == 1
+    assert number_of_components(np.zeros((4, 4, 4), dtype=bool)) == 0
+    assert number_of_components(np.diag([True, False, True])) == 2

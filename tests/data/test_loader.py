@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi.data import loader as loader_module
-from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
+from nnunetv2_semi.data.loader import BatchStream, SeededBatches, UnlabelledPatchLoader
 from nnunetv2_semi.data.preprocessing import prepare_unlabelled
 
 
@@ -54,7 +54,7 @@ def make_loader(tiny, cases, *, patch_size=(16, 16, 16), batch_size=2, transform
     manager, _ = tiny.managers()
     dataset = nnUNetDatasetBlosc2(cases.folder, list(cases.identifiers))
     labels = manager.get_label_manager(dict(tiny.dataset_json, **changes))
-    return unlabelled_patch_loader(dataset, batch_size, patch_size, patch_size, labels, transforms, mask_needed)
+    return UnlabelledPatchLoader(dataset, batch_size, patch_size, patch_size, labels, transforms, mask_needed)
 
 
 def make_batches(tiny, cases, **seeds):
@@ -341,12 +341,12 @@ STREAM_SCRIPT = """
 import time
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from nnunetv2_semi.data.loader import BatchStream, SeededBatches, unlabelled_patch_loader
+from nnunetv2_semi.data.loader import BatchStream, SeededBatches, UnlabelledPatchLoader
 
 folder, names, ending = {folder!r}, {names!r}, {ending!r}
 size = (16, 16, 16)
 labels = LabelManager({{"background": 0, "organ": 1}}, None)
-loader = unlabelled_patch_loader(nnUNetDatasetBlosc2(folder, names), 2, size, size, labels, None, False)
+loader = UnlabelledPatchLoader(nnUNetDatasetBlosc2(folder, names), 2, size, size, labels, None, False)
 stream = BatchStream(SeededBatches({{"unlabelled": loader}}, seed=0), num_workers=2, start_method="fork")
 next(stream)
 print("ready", flush=True)

@@ -12,6 +12,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
 from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
+from nnunetv2_semi.losses.weighted_dice_ce import WeightedDiceCE
 from nnunetv2_semi.methods.base import Batch, Context
 
 
@@ -27,7 +28,8 @@ def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bo
 
 
 def context(channels: int = 2, regions: bool = False, ignore_label: int | None = None, one_pass: bool = False,
-            deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0), images_per_pass: int = 1) -> Context:
+            deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0), images_per_pass: int = 1,
+            mirror_axes: tuple[int, ...] = (0, 1), single_components: bool = True) -> Context:
     if regions:
         loss: nn.Module = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5},
                                           use_ignore_label=ignore_label is not None,
@@ -39,9 +41,10 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
         loss = DeepSupervisionWrapper(loss, [0.7, 0.3])
     modalities = {f"m{i}": [i] for i in range(channels)}
     weights = (0.7, 0.3) if deep_supervision else (1.0,)
-    return Context(loss, regions, ignore_label, spacing, modalities, one_pass, images_per_pass, sum_over_processes,
-                   rows_of_all_processes, weights, (8, 8, 8), (8.0, 8.0, 8.0), 3, lambda count: small_network(count, 3),
-                   lambda: iter(()))
+    return Context(loss, WeightedDiceCE(regions, weights, batch_dice=False), regions, ignore_label, spacing, modalities,
+                   one_pass, images_per_pass, sum_over_processes, rows_of_all_processes, weights, (8, 8, 8),
+                   (8.0, 8.0, 8.0), 3, lambda count: small_network(count, 3), lambda: iter(()), mirror_axes,
+                   lambda: single_components)
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,
@@ -62,10 +65,28 @@ def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8
     return Batch(labelled, target, unlabelled)
 
 
+def mixed_by_hand(inside: torch.Tensor, patches: torch.Tensor, partners: torch.Tensor | None = None) -> torch.Tensor:
+    """Patch k with what partner k shows in the box ``inside``[k]; default: with what patch k + 1 shows."""
+    partners = torch.stack([patches[(k + 1) % len(patches)] for k in range(len(patches))]) \
+        if partners is None else partners
+    box = inside.to(torch.float64)
+    return (partners * box + patches * (1 - box)).to(patches.dtype)
+
+
+def same_gradients(first: torch.Tensor, second: torch.Tensor, network: nn.Module, tolerance: float = 1e-5) -> bool:
+    """Whether two scalars have the same gradient, other than none, with respect to the network's weights."""
+    weights = [p for p in network.parameters() if p.requires_grad]
+    pairs = list(zip(*(torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
+                       for value in (first, second)), strict=True))
+    return any(g.abs().max() > 10 * tolerance for g, _ in pairs) and \
+        all(torch.allclose(a, b, rtol=1e-3, atol=tolerance) for a, b in pairs)
+
+
 @pytest.fixture
 def small():
-    """The builders above."""
-    return SimpleNamespace(network=small_network, context=context, batch=random_batch)
+    """The builders and helpers above."""
+    return SimpleNamespace(network=small_network, context=context, batch=random_batch, mixed=mixed_by_hand,
+                           same_gradients=same_gradients)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What holds for all of UAMT, FixMatch, CPS and BCP."""
+"""What holds for all of Mean Teacher, UAMT, FixMatch, CPS, BCP and Mix."""
 
 import pytest
 import torch
@@ -7,10 +7,12 @@ from nnunetv2_semi.methods.base import Batch
 from nnunetv2_semi.methods.bcp import BCP
 from nnunetv2_semi.methods.cps import CPS
 from nnunetv2_semi.methods.fixmatch import FixMatch
+from nnunetv2_semi.methods.mean_teacher import MeanTeacher
+from nnunetv2_semi.methods.mix import Mix
 from nnunetv2_semi.methods.uamt import UAMT
 from nnunetv2_semi.step import TrainingStep
 
-METHODS = [UAMT, FixMatch, CPS, BCP]
+METHODS = [MeanTeacher, UAMT, FixMatch, CPS, BCP, Mix]
 PROGRESS = (0.1, 0.5, 0.9)  # BCP: pretraining, then both ways
 
 
@@ -19,7 +21,7 @@ def make(small, cls, one_pass=False, **kinds):
     channels, dims, deep = kinds.get("channels", 2), kinds.get("dims", 3), kinds.get("deep_supervision", False)
     context = small.context(channels, kinds.get("regions", False), kinds.get("ignore_label"), one_pass, deep)
     # a threshold at which an untrained network has some confident voxels
-    settings = cls.Settings(confidence=0.4) if cls is FixMatch else cls.Settings()
+    settings = cls.Settings(confidence=0.4) if cls in (FixMatch, Mix) else cls.Settings()
     return cls(small.network(channels, 3, dims, deep), settings, context)
 
 

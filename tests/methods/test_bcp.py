@@ -1,17 +1,23 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.masked_dice_ce import masked_dice_ce
 from nnunetv2_semi.methods.base import Batch
 from nnunetv2_semi.methods.bcp import BCP, BCPSettings
 from nnunetv2_semi.step import TrainingStep
 
+PAPER = {"plain_labelled": False, "seg_loss": "paper"}
 
-def make(small, progress=0.5, regions=False, ignore_label=None, deep_supervision=False, one_pass=False, **settings):
+
+def make(small, progress=0.5, regions=False, ignore_label=None, deep_supervision=False, one_pass=False,
+         single_components=True, **settings):
     torch.manual_seed(1)
     context = small.context(regions=regions, ignore_label=ignore_label, deep_supervision=deep_supervision,
-                            one_pass=one_pass)
+                            one_pass=one_pass, single_components=single_components)
     method = BCP(small.network(2, 3, 2, deep_supervision), BCPSettings(**settings), context)
     method.progress = progress
     return method
@@ -24,20 +30,23 @@ def terms_of(method, batch):
 
 def drawn_mask(method, number, batch):
     torch.manual_seed(3)
-    return method._outside(number, batch.labelled)
+    return ~Boxes.draw(number, batch.labelled.shape[2:], method.settings.box).inside(batch.labelled.device)
 
 
 def unequal(batch, labelled, unlabelled):
     return Batch(batch.labelled[:labelled], batch.target[:labelled], batch.unlabelled[:unlabelled])
 
 
+@pytest.mark.parametrize("plain_labelled", [True, False])
 @pytest.mark.parametrize("labelled, unlabelled", [(2, 2), (1, 3), (3, 1), (1, 1)])
-def test_images_are_pasted_both_ways_as_the_equations_say(small, labelled, unlabelled):
-    method, batch = make(small), unequal(small.batch(dims=2, count=3), labelled, unlabelled)
-    seen = []
+def test_images_are_pasted_both_ways_as_the_equations_say(small, labelled, unlabelled, plain_labelled):
+    method = make(small, plain_labelled=plain_labelled)
+    batch, seen = unequal(small.batch(dims=2, count=3), labelled, unlabelled), []
     method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     terms_of(method, batch)
-    x_in, x_out = seen
+    assert len(seen) == 2 + plain_labelled == BCP.graphs(method.settings)
+    assert not plain_labelled or torch.equal(seen[0], batch.labelled)
+    x_in, x_out = seen[-2:]
     number = max(labelled, unlabelled)
     m = drawn_mask(method, number, batch).float()
     assert len(x_in) == len(x_out) == number and (1 - m).flatten(1).sum(1).tolist() == [25.0] * number  # 5 of 8 voxels
@@ -51,9 +60,44 @@ def test_images_are_pasted_both_ways_as_the_equations_say(small, labelled, unlab
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("ignore_label", [None, 3])
 @pytest.mark.parametrize("deep_supervision", [False, True])
+def test_by_default_it_is_nnunets_loss_of_plain_and_of_pasted_patches_in_value_and_gradient(
+        small, naive_weighted_dice_ce, regions, ignore_label, deep_supervision):
+    kinds = {"regions": regions, "ignore_label": ignore_label, "deep_supervision": deep_supervision}
+    method, batch = make(small, largest_component=False, **kinds), small.batch(dims=2, **kinds)
+    terms = terms_of(method, batch)
+    m = drawn_mask(method, 2, batch)
+    with torch.no_grad():
+        z = method.teacher(batch.unlabelled)
+    z = z[0] if deep_supervision else z
+    pseudo = (z > 0).long() if regions else z.argmax(1, keepdim=True)
+    target = batch.target[0] if deep_supervision else batch.target
+    known = torch.ones_like(m)
+    if ignore_label is not None:
+        known = ~target[:, -1:] if regions else target != ignore_label
+    truth = (target[:, :3] if regions else target).long()
+    swapped = batch.unlabelled.flip(0)
+    images = {"in": batch.labelled * m + batch.unlabelled * ~m, "out": swapped * m + batch.labelled * ~m}
+    expected = {"supervised": method.context.supervised_loss(method.student(batch.labelled), batch.target)}
+    for name, true, labels in (("in", m, pseudo), ("out", ~m, pseudo.flip(0))):
+        output = method.student(images[name])
+        for kind, label, counted in (("supervised", truth, true & known), ("copy_paste", labels, ~true)):
+            expected[f"{kind}_{name}"] = naive_weighted_dice_ce(
+                output if deep_supervision else [output], label, counted, regions, method.context.scale_weights)
+    assert list(terms) == ["supervised", "supervised_in", "copy_paste_in", "supervised_out", "copy_paste_out"]
+    for name, value in expected.items():
+        assert torch.allclose(terms[name].value, value, rtol=1e-4), name
+        assert terms[name].weight == (1.0 if terms[name].supervised else 0.5)
+        assert terms[name].supervised == name.startswith("supervised")
+    totals = [sum(t.value for t in terms.values()), sum(expected.values())]
+    assert small.same_gradients(*totals, method.student)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("ignore_label", [None, 3])
+@pytest.mark.parametrize("deep_supervision", [False, True])
 def test_terms_are_the_papers_in_value_and_gradient(small, regions, ignore_label, deep_supervision):
     method = make(small, regions=regions, ignore_label=ignore_label, deep_supervision=deep_supervision,
-                  largest_component=False)
+                  largest_component=False, **PAPER)
     batch = small.batch(dims=2, regions=regions, ignore_label=ignore_label, deep_supervision=deep_supervision)
     terms = terms_of(method, batch)
     m = drawn_mask(method, 2, batch)
@@ -92,7 +136,7 @@ def test_terms_are_the_papers_in_value_and_gradient(small, regions, ignore_label
 
 
 def test_of_one_image_with_its_true_label_nothing_is_pasted(small):
-    method, batch = make(small, largest_component=False), small.batch(dims=2)
+    method, batch = make(small, largest_component=False, **PAPER), small.batch(dims=2)
     with torch.no_grad():
         truth = method.teacher(batch.labelled).argmax(1, keepdim=True)
         output = method.student(batch.labelled[:1])
@@ -102,8 +146,10 @@ def test_of_one_image_with_its_true_label_nothing_is_pasted(small):
         assert torch.allclose(terms[name].value, masked_dice_ce(output, truth[:1], mask, False), rtol=1e-5)
 
 
-def test_in_pretraining_labelled_patches_are_pasted_into_each_other_with_their_labels(small):
-    method, batch = make(small, 0.1, deep_supervision=True), small.batch(dims=2, deep_supervision=True)
+@pytest.mark.parametrize("plain_labelled", [True, False])
+def test_in_pretraining_labelled_patches_are_pasted_into_each_other_with_their_labels(small, plain_labelled):
+    method = make(small, 0.1, deep_supervision=True, plain_labelled=plain_labelled)
+    batch = small.batch(dims=2, deep_supervision=True)
     seen = []
     method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     terms = terms_of(method, batch)
@@ -112,16 +158,21 @@ def test_in_pretraining_labelled_patches_are_pasted_into_each_other_with_their_l
     small_m = m[:, :, 1::2, 1::2]
     target = [batch.target[0] * m + batch.target[0].flip(0) * ~m,
               batch.target[1] * small_m + batch.target[1].flip(0) * ~small_m]
-    assert len(seen) == 1 and torch.equal(seen[0], image)
-    assert list(terms) == ["supervised"] and terms["supervised"].supervised
-    assert torch.allclose(terms["supervised"].value, method.context.supervised_loss(method.student(image), target))
+    assert len(seen) == 1 + plain_labelled and torch.equal(seen[-1], image)
+    assert list(terms) == ["supervised", "supervised_mixed"][1 - plain_labelled:]
+    assert all(term.supervised and term.weight == 1 for term in terms.values())
+    loss = method.context.supervised_loss
+    assert torch.allclose(terms["supervised_mixed"].value, loss(method.student(image), target))
+    if plain_labelled:
+        assert torch.allclose(terms["supervised"].value, loss(method.student(batch.labelled), batch.target))
     assert method.metrics["unlabelled_voxels_used"] == 0
 
 
 def test_a_single_labelled_patch_is_pretrained_as_it_is(small):
     method, batch = make(small, 0.0), unequal(small.batch(dims=2), 1, 1)
     expected = method.context.supervised_loss(method.student(batch.labelled), batch.target)
-    assert torch.allclose(terms_of(method, batch)["supervised"].value, expected)
+    terms = terms_of(method, batch)
+    assert all(torch.allclose(terms[name].value, expected) for name in ("supervised", "supervised_mixed"))
 
 
 @pytest.mark.parametrize("deploy", ["student", "teacher"])
@@ -146,11 +197,40 @@ def test_the_largest_component_of_the_teachers_label_is_what_teaches(small, monk
     islands[:, :, :2, :2], islands[:, :, 5, 5] = 1, 1
     monkeypatch.setattr("nnunetv2_semi.methods.bcp.hard_labels", lambda *_: (islands, None))
     batch = small.batch(dims=2)
-    assert make(small)._pseudo_labels(batch.unlabelled).flatten(1).sum(1).tolist() == [4, 4]
-    assert torch.equal(make(small, largest_component=False)._pseudo_labels(batch.unlabelled), islands)
+    for largest_component, single_components, keeps in ((True, False, True), (False, True, False),
+                                                        (None, True, True), (None, False, False)):
+        method = make(small, single_components=single_components, largest_component=largest_component)
+        labels = method._pseudo_labels(batch.unlabelled)
+        assert labels.flatten(1).sum(1).tolist() == ([4, 4] if keeps else [5, 5])
 
 
-@pytest.mark.parametrize("name, value", [("pretrain_fraction", 1.0), ("box", 1.2), ("pseudo_weight", -0.5)])
+@pytest.mark.parametrize("largest_component, reads", [(True, 0), (False, 0), (None, 1)])
+def test_labels_are_read_for_their_components_only_where_the_setting_leaves_it_open(small, largest_component, reads):
+    read: list[bool] = []
+    context = replace(small.context(), single_components=lambda: read.append(True) or True)
+    BCP(small.network(2, 3, 2), BCPSettings(largest_component=largest_component), context)
+    assert len(read) == reads
+
+
+@pytest.mark.parametrize("settings, expected", [({}, 0.999), ({"num_epochs": 20}, 0.99), ({"ema_decay": 0.9}, 0.9)])
+def test_the_teachers_memory_follows_the_length_of_training(small, settings, expected):
+    assert make(small, **settings).teacher.decay == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name, value", [("pretrain_fraction", 1.0), ("box", 1.2), ("pseudo_weight", -0.5),
+                                         ("ema_decay", 1.1)])
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=name):
         BCPSettings(**{name: value})
+
+
+def test_patches_of_cases_with_other_channels_stay_whole(small):
+    method, batch = make(small), small.batch(dims=2)
+    batch.unlabelled[0, 1] = -0.0  # the fill of an absent channel
+    seen = []
+    method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    terms = terms_of(method, batch)
+    plain, x_in, x_out = seen
+    assert torch.equal(x_in[0], batch.labelled[0]) and not torch.equal(x_in[1], batch.labelled[1])
+    assert torch.equal(x_out[1], batch.unlabelled[0]) and not torch.equal(x_out[0], batch.unlabelled[1])
+    assert all(torch.isfinite(term.value) for term in terms.values())

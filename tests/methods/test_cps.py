@@ -1,17 +1,24 @@
+import math
 from copy import deepcopy
 
 import pytest
 import torch
 
+from nnunetv2_semi.data.mixing import CutMix
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods import base
 from nnunetv2_semi.methods.cps import CPS, CPSSettings
+from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.step import TrainingStep
 
+PAPER = CPSSettings(perturb=False, labelled_too=True, cps_loss="ce", cps_weight=1.5, ramp_fraction=0.0)
 
-def make(small, cls=CPS, settings=None, one_pass=False, regions=False):
+
+def make(small, cls=CPS, settings=None, one_pass=False, regions=False, deep_supervision=False):
     torch.manual_seed(1)
-    method = cls(small.network(2, 3, 2), settings or cls.Settings(), small.context(regions=regions, one_pass=one_pass))
+    method = cls(small.network(2, 3, 2, deep_supervision), settings or cls.Settings(),
+                 small.context(regions=regions, one_pass=one_pass, deep_supervision=deep_supervision))
     method.progress = 1.0
     return method
 
@@ -30,7 +37,7 @@ def test_networks_begin_differently_and_the_first_one_like_the_control(small):
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_terms_are_the_papers_in_value_and_gradient(small, regions):
-    method, batch = make(small, regions=regions), small.batch(dims=2, regions=regions)
+    method, batch = make(small, settings=PAPER, regions=regions), small.batch(dims=2, regions=regions)
     terms = terms_of(method, batch)
     expected = {}
     for stream in ("labelled", "unlabelled"):
@@ -57,6 +64,44 @@ def test_terms_are_the_papers_in_value_and_gradient(small, regions):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, naive, strict=True) if a is not None)
 
 
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_by_default_it_is_nnunets_loss_of_mixed_unlabelled_patches_in_value_and_gradient(
+        small, naive_weighted_dice_ce, regions, deep_supervision):
+    kinds = {"regions": regions, "deep_supervision": deep_supervision}
+    method, batch = make(small, **kinds), small.batch(dims=2, **kinds)
+    torch.manual_seed(3)
+    terms = terms_of(method, batch)
+    torch.manual_seed(3)
+    inside = CutMix.draw(batch.unlabelled, 0.5).inside
+    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings)
+    expected = {}
+    networks = {"first": method.student, "second": method.second}
+    for name, network in networks.items():
+        expected[f"supervised_{name}"] = method.context.supervised_loss(network(batch.labelled), batch.target)
+        with torch.no_grad():
+            decided = networks["second" if name == "first" else "first"](batch.unlabelled)
+        decided = decided[0] if deep_supervision else decided
+        labels = small.mixed(inside, (decided > 0).long() if regions else decided.argmax(1, keepdim=True))
+        output = network(view)
+        expected[f"cps_unlabelled_{name}"] = naive_weighted_dice_ce(
+            output if deep_supervision else [output], labels, torch.ones_like(labels), regions,
+            method.context.scale_weights)
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(terms[name].value, value, rtol=1e-4), name
+        assert terms[name].weight == 1.0
+    for name, network in networks.items():
+        assert small.same_gradients(terms[f"cps_unlabelled_{name}"].value, expected[f"cps_unlabelled_{name}"], network)
+
+
+def test_the_weight_ramps_up_over_a_fifth_of_training(small):
+    method = make(small)
+    method.progress = 0.1
+    terms = terms_of(method, small.batch(dims=2))
+    assert terms["cps_unlabelled_first"].weight == pytest.approx(math.exp(-5 * 0.25))
+
+
 def test_no_gradient_goes_through_pseudo_labels(small):
     method = make(small, one_pass=True)
     terms = terms_of(method, small.batch(dims=2))
@@ -67,7 +112,7 @@ def test_no_gradient_goes_through_pseudo_labels(small):
 
 
 def test_twins_teach_each_other_what_they_decide_themselves(small):
-    method, batch = make(small), small.batch(dims=2)
+    method, batch = make(small, settings=PAPER), small.batch(dims=2)
     method.second = deepcopy(method.student)
     terms = terms_of(method, batch)
     own = -method.student(batch.unlabelled).softmax(1).amax(1).log().mean()
@@ -76,15 +121,17 @@ def test_twins_teach_each_other_what_they_decide_themselves(small):
     assert method.metrics["teacher_student_agreement"] == 1
 
 
-@pytest.mark.parametrize("one_pass, passes", [(False, {"first": [True] * 2, "second": [False, True] * 2}),
-                                              (True, {"first": [True], "second": [True]})])
-def test_passes_with_and_without_a_graph(small, monkeypatch, one_pass, passes):
+@pytest.mark.parametrize("labelled_too, one_pass, passes", [
+    (False, False, [False, True, True]), (False, True, [False, True]),
+    (True, False, [False, False, True, True]), (True, True, [False, False, True])])
+def test_passes_with_and_without_a_graph(small, monkeypatch, labelled_too, one_pass, passes):
     monkeypatch.setattr(base, "joins_batches", lambda device: True)
-    method, seen = make(small, one_pass=one_pass), {"first": [], "second": []}
+    method = make(small, settings=CPSSettings(labelled_too=labelled_too), one_pass=one_pass)
+    seen = {"first": [], "second": []}
     for name, network in (("first", method.student), ("second", method.second)):
         network.register_forward_hook(lambda *_, n=name: seen[n].append(torch.is_grad_enabled()))
     terms_of(method, small.batch(dims=2))
-    assert seen == passes
+    assert seen == {"first": passes, "second": passes}
 
 
 def test_without_unlabelled_weight_the_first_network_is_the_control(small):
@@ -101,3 +148,9 @@ def test_without_unlabelled_weight_the_first_network_is_the_control(small):
 def test_the_first_network_is_deployed_and_the_second_one_validated_too(small):
     method = make(small)
     assert method.deployable() is method.student and method.parts() == {"second": method.second}
+
+
+@pytest.mark.parametrize("name, value", [("cps_weight", -1.0), ("ramp_fraction", -0.1), ("cutmix", 1.5)])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        CPSSettings(**{name: value})

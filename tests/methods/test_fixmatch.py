@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,10 +7,13 @@ from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.fixmatch import FixMatch, FixMatchSettings
 
+PAPER = {"cutmix": 0.0, "cutout": 0.5, "pseudo_loss": "ce", "confidence": 0.95, "ramp_fraction": 0.0}
 
-def make(small, regions=False, **settings):
+
+def make(small, regions=False, deep_supervision=False, **settings):
     torch.manual_seed(1)
-    method = FixMatch(small.network(2, 3, 2), FixMatchSettings(**settings), small.context(regions=regions))
+    method = FixMatch(small.network(2, 3, 2, deep_supervision), FixMatchSettings(**settings),
+                      small.context(regions=regions, deep_supervision=deep_supervision))
     method.progress = 0.1
     return method
 
@@ -21,10 +26,10 @@ def pseudo_label_term(method, batch):
 @pytest.mark.parametrize("regions", [False, True])
 def test_the_term_is_the_papers_in_value_and_gradient(small, regions):
     tau = 0.55 if regions else 0.4
-    method, batch = make(small, regions, confidence=tau), small.batch(dims=2, regions=regions)
+    method, batch = make(small, regions, **{**PAPER, "confidence": tau}), small.batch(dims=2, regions=regions)
     term = pseudo_label_term(method, batch)
     torch.manual_seed(3)
-    strong = method.student(method._strong(batch.unlabelled))
+    strong = method.student(method._strong(batch.unlabelled)[0])
     weak = method.student(batch.unlabelled).detach()
     total, used, voxels = torch.zeros(()), 0, 0
     for b in range(2):
@@ -45,26 +50,54 @@ def test_the_term_is_the_papers_in_value_and_gradient(small, regions):
     assert term.weight == 1.0
 
 
-def test_where_nothing_is_confident_the_term_is_zero_and_its_gradient_too(small):
-    method = make(small, confidence=1.0)
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_by_default_it_is_nnunets_loss_of_mixed_patches_in_value_and_gradient(small, naive_weighted_dice_ce, regions,
+                                                                               deep_supervision):
+    kinds = {"regions": regions, "deep_supervision": deep_supervision}
+    tau = 0.55 if regions else 0.4
+    method, batch = make(small, confidence=tau, **kinds), small.batch(dims=2, **kinds)
+    term = pseudo_label_term(method, batch)
+    torch.manual_seed(3)
+    strong, mixing = method._strong(batch.unlabelled)
+    assert mixing.inside.flatten(1).sum(1).tolist() == [16, 16]
+    with torch.no_grad():
+        weak = method.student(batch.unlabelled)
+    weak = weak[0] if deep_supervision else weak
+    weak = small.mixed(mixing.inside, weak.sigmoid() if regions else weak.softmax(1))
+    labels = (weak > 0.5).long() if regions else weak.argmax(1, keepdim=True)
+    confident = (torch.maximum(weak, 1 - weak) if regions else weak.amax(1, keepdim=True)) >= tau
+    assert 0.05 < confident.float().mean() < 0.95
+    output = method.student(strong)
+    expected = naive_weighted_dice_ce(output if deep_supervision else [output], labels, confident, regions,
+                                      method.context.scale_weights)
+    assert torch.allclose(term.value, expected, rtol=1e-4)
+    assert small.same_gradients(term.value, expected, method.student)
+    assert method.metrics["unlabelled_voxels_used"].item() == pytest.approx(confident.float().mean().item())
+
+
+@pytest.mark.parametrize("settings, value", [(PAPER, 0), ({}, -1)])
+def test_where_nothing_is_confident_the_gradient_is_zero(small, settings, value):
+    method = make(small, **{**settings, "confidence": 1.0})
     term = pseudo_label_term(method, small.batch(dims=2))
-    assert term.value.item() == 0 and method.metrics["unlabelled_voxels_used"] == 0
+    assert term.value.item() == value and method.metrics["unlabelled_voxels_used"] == 0
     gradients = torch.autograd.grad(term.value, list(method.student.parameters()), allow_unused=True)
     assert all((g == 0).all() for g in gradients if g is not None)
 
 
 def test_the_weight_is_constant_unless_it_is_ramped_up(small):
-    assert make(small).unlabelled_weight(1.0, make(small).settings.ramp_fraction) == 1.0
+    assert pseudo_label_term(make(small, **PAPER), small.batch(dims=2)).weight == 1.0
     assert pseudo_label_term(make(small, ramp_fraction=1.0), small.batch(dims=2)).weight < 0.1
+    assert pseudo_label_term(make(small), small.batch(dims=2)).weight == pytest.approx(math.exp(-5 * 0.25))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 1, 4, 6, 8)])
 def test_the_strong_view_is_an_intensity_view_with_a_box_of_its_mean(small, shape):
     image = torch.randn(*shape)
     torch.manual_seed(3)
-    view = make(small, view_noise=0.0, view_gamma=0.0)._strong(image)
+    view, _ = make(small, view_noise=0.0, view_gamma=0.0, cutmix=0.0, cutout=0.5)._strong(image)
     torch.manual_seed(3)
-    whole = make(small, view_noise=0.0, view_gamma=0.0, cutout=0.0)._strong(image)
+    whole, _ = make(small, view_noise=0.0, view_gamma=0.0, cutmix=0.0)._strong(image)
     box = (view != whole).any(1)
     for patch, channel in ((p, c) for p in range(shape[0]) for c in range(shape[1])):
         x, strong, cut = image[patch, channel], whole[patch, channel], box[patch]
@@ -77,12 +110,13 @@ def test_the_strong_view_is_an_intensity_view_with_a_box_of_its_mean(small, shap
 
 def test_instance_normalisation_does_not_undo_the_strong_view(small):
     image = torch.randn(1, 1, 16, 16)
-    strong = make(small, view_noise=0.0, cutout=0.0)._strong(image)
+    strong, _ = make(small, view_noise=0.0)._strong(image)
     first, second = (torch.nn.functional.instance_norm(x) for x in (image, strong))
     assert (first - second).abs().mean() > 0.02
 
 
-@pytest.mark.parametrize("name, value", [("confidence", 1.5), ("cutout", -0.1), ("view_noise", -1.0)])
+@pytest.mark.parametrize("name, value", [("confidence", 1.5), ("cutout", -0.1), ("view_noise", -1.0), ("cutmix", 1.1),
+                                         ("ramp_fraction", -0.1)])
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=name):
         FixMatchSettings(**{name: value})

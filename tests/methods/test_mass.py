@@ -1,5 +1,6 @@
 """MASS: its terms, its atlases, what is learnt from what."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,14 @@ def test_each_weight_is_a_setting(small, name):
     batch = unpaired(small)
     method = started(small, batch, **{f"{name}_weight": 0.25}, ramp_fraction=0.0)
     assert terms_of(method, batch)[name].weight == 0.25
+
+
+def test_pseudo_labels_have_their_full_weight_after_a_fifth_of_training(small):
+    batch = unpaired(small)
+    method = started(small, batch)
+    for progress, share in ((0.1, math.exp(-5 * 0.25)), (0.2, 1.0)):
+        method.progress = progress
+        assert terms_of(method, batch)["pseudo"].weight == pytest.approx(0.1 * share)
 
 
 def test_one_pass_and_one_after_another_give_the_same_loss(small):

@@ -1,10 +1,17 @@
+import math
+
 import pytest
 import torch
 
+from nnunetv2_semi.data.mixing import CutMix
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.settings import Settings
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.step import TrainingStep
+
+PAPER = {"perturbation": "noise", "consistency_weight": 0.1, "ramp_fraction": 1.0}
 
 
 def make(small, cls=MeanTeacher, heads=3, one_pass=False, settings=None, **kinds):
@@ -39,8 +46,29 @@ def test_both_arrangements_do_the_same_step(small):
         assert torch.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("kinds", [{"dims": 2}, {"dims": 2, "regions": True}, {}])
+def test_by_default_the_students_patches_alone_are_mixed_and_bent(small, kinds):
+    method, batch = make(small, **kinds), small.batch(**kinds)
+    method.progress = 0.1
+    with torch.no_grad():
+        for p in method.teacher.network.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    torch.manual_seed(3)
+    term = [t for g in method.loss(batch) for t in g][-1]
+    torch.manual_seed(3)
+    inside = CutMix.draw(batch.unlabelled, 0.5).inside
+    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings)
+    activate = torch.sigmoid if kinds.get("regions") else lambda z: z.softmax(1)
+    student, teacher = activate(method.student(view)), activate(method.teacher.network(batch.unlabelled))
+    squares = [(student[k] - torch.where(inside[k], teacher[1 - k], teacher[k])) ** 2 for k in range(2)]
+    expected = sum(square.sum() for square in squares) / student.numel()
+    assert torch.allclose(term.value, expected, rtol=1e-4)
+    assert small.same_gradients(term.value, expected, method.student)
+    assert term.weight == pytest.approx(10 * math.exp(-5 * 0.25))
+
+
 def test_consistency_is_the_mean_squared_difference_to_the_noisy_teacher(small):
-    method = make(small, settings=MeanTeacherSettings(noise=0.0))
+    method = make(small, settings=MeanTeacherSettings(noise=0.0, **PAPER))
     method.progress = 1.0
     with torch.no_grad():
         for p in method.teacher.network.parameters():
@@ -50,6 +78,22 @@ def test_consistency_is_the_mean_squared_difference_to_the_noisy_teacher(small):
     difference = method.student(batch.unlabelled).softmax(1) - method.teacher.network(batch.unlabelled).softmax(1)
     assert term.weight == pytest.approx(0.1)
     assert torch.allclose(term.value, (difference ** 2).mean())
+
+
+def test_of_the_literatures_form_both_networks_see_noise_of_their_own(small):
+    method, seen = make(small, settings=MeanTeacherSettings(**PAPER)), {}
+    for name, network in (("student", method.student), ("teacher", method.teacher.network)):
+        network.register_forward_pre_hook(lambda _, inputs, n=name: seen.__setitem__(n, inputs[0]))
+    batch = small.batch()
+    list(method.loss(batch))
+    noise = [seen[name] - batch.unlabelled for name in ("student", "teacher")]
+    assert all(0.05 < n.std() < 0.12 and n.abs().max() <= 0.2 + 1e-6 for n in noise)
+    assert not torch.allclose(*noise, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings, expected", [({}, 0.999), ({"num_epochs": 20}, 0.99), ({"ema_decay": 0.9}, 0.9)])
+def test_the_teachers_memory_follows_the_length_of_training(small, settings, expected):
+    assert make(small, settings=MeanTeacherSettings(**settings)).teacher.decay == pytest.approx(expected)
 
 
 def test_without_unlabelled_weight_it_is_the_control(small):
@@ -102,7 +146,7 @@ def test_the_setting_decides_what_is_deployed(small, deploy):
 
 def test_order_of_patches_does_not_matter(small):
     batch = small.batch()
-    method = make(small, settings=MeanTeacherSettings(noise=0.0))
+    method = make(small, settings=MeanTeacherSettings(noise=0.0, **PAPER))
     values = [float(t.value.detach()) for g in method.loss(batch) for t in g]
     flipped = type(batch)(batch.labelled.flip(0), batch.target.flip(0), batch.unlabelled.flip(0))
     assert values == pytest.approx([float(t.value.detach()) for g in method.loss(flipped) for t in g], abs=1e-6)
@@ -110,3 +154,10 @@ def test_order_of_patches_does_not_matter(small):
 
 def test_settings_base_is_enough_for_the_control(small):
     assert isinstance(make(small, Supervised).settings, Settings)
+
+
+@pytest.mark.parametrize("name, value", [("cutmix", 1.5), ("view_gamma", -1.0), ("view_noise_probability", 2.0),
+                                         ("ema_decay", 1.5), ("consistency_weight", -1.0), ("ramp_fraction", -0.1)])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        MeanTeacherSettings(**{name: value})

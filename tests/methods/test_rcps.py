@@ -5,6 +5,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
+from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import full_resolution
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
@@ -15,6 +16,8 @@ from nnunetv2_semi.losses.rectified_pseudo_supervision import (
 from nnunetv2_semi.methods import base
 from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
 from nnunetv2_semi.step import TrainingStep
+
+PAPER = {"cutmix": 0.0, "pseudo_weight": 0.1, "ramp_fraction": 1.0}
 
 
 def make(small, settings=None, network=None, images_per_pass=1, **kinds):
@@ -87,7 +90,7 @@ def test_joined_batches_and_graphs_side_by_side_give_the_same(small, monkeypatch
 
 
 def test_pseudo_supervision_is_the_papers_sum_over_views_streams_and_outputs(small):
-    method = make(small, RCPSSettings(contrast=False), deep_supervision=True)
+    method = make(small, RCPSSettings(contrast=False, **PAPER), deep_supervision=True)
     batch = small.batch(deep_supervision=True)
     torch.manual_seed(3)
     labelled, unlabelled = method._outputs(batch)
@@ -103,6 +106,53 @@ def test_pseudo_supervision_is_the_papers_sum_over_views_streams_and_outputs(sma
     assert torch.allclose(terms["pseudo_supervision"].value, expected)
     assert terms["pseudo_supervision"].weight == pytest.approx(0.1 * torch.exp(torch.tensor(-5 * 0.3**2)).item())
     assert not torch.equal(full_resolution(labelled.views[0]), full_resolution(labelled.views[1]))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_by_default_views_of_mixed_patches_learn_from_mixed_predictions_in_value_and_gradient(small, regions):
+    kinds = {"deep_supervision": True, "regions": regions}
+    method, batch = make(small, RCPSSettings(contrast=False), dims=2, **kinds), small.batch(dims=2, **kinds)
+    torch.manual_seed(3)
+    terms = {term.name: term for group in method.loss(batch) for term in group}
+    torch.manual_seed(3)
+    inside = CutMix.draw(batch.unlabelled, 0.5).inside
+    assert inside.flatten(1).sum(1).tolist() == [16, 16]
+    boxes = [inside, inside[:, :, 1::2, 1::2]]  # nearest voxel: of two, the second one
+    views = [method._views(2, batch.labelled), method._views(2, small.mixed(inside, batch.unlabelled))]
+    with torch.no_grad():
+        originals = [method.student(batch.labelled), method.student(batch.unlabelled)]
+    originals[1] = [small.mixed(box, output) for box, output in zip(boxes, originals[1], strict=True)]
+
+    def two_classes(z):
+        return torch.stack([torch.zeros_like(z), z], 2).flatten(0, 1).movedim(1, -1).flatten(0, -2) if regions \
+            else z.movedim(1, -1).flatten(0, -2)
+    expected = 0.0
+    for stream in range(2):
+        outputs = [method.student(view) for view in views[stream]]
+        for scale, weight in enumerate((0.7, 0.3)):
+            t, seen = two_classes(originals[stream][scale]), [two_classes(output[scale]) for output in outputs]
+            for v in seen:
+                entropy = -((t / 0.5).softmax(1) * v.log_softmax(1)).sum(1)
+                difference = (t.softmax(1) * (t.log_softmax(1) - v.log_softmax(1))).sum(1)
+                expected = expected + weight * ((-difference).exp() * entropy + difference).mean()
+            first, second = (v.softmax(1) if regions else v for v in seen)
+            expected = expected + weight * (1 - torch.cosine_similarity(first, second, 1)).mean()
+    assert torch.allclose(terms["pseudo_supervision"].value, expected, rtol=1e-4)
+    assert small.same_gradients(terms["pseudo_supervision"].value, expected, method.student)
+    assert terms["pseudo_supervision"].weight == pytest.approx(0.5)
+
+
+def test_of_mixed_patches_candidates_for_the_contrast_are_mixed_too(small):
+    method, batch = make(small), small.batch(size=16)
+    torch.manual_seed(3)
+    _, unlabelled = method._outputs(batch)
+    torch.manual_seed(3)
+    inside = CutMix.draw(batch.unlabelled, 0.5).inside
+    logits, features = method.projected(batch.unlabelled)
+    step = 16 // features.shape[2]
+    box = inside[:, :, step // 2::step, step // 2::step, step // 2::step]
+    assert step > 1 and torch.allclose(unlabelled.features[0], small.mixed(box, features), atol=1e-6)
+    assert torch.allclose(unlabelled.probability, small.mixed(inside, logits.softmax(1)), atol=1e-6)
 
 
 def test_negatives_come_from_the_other_stream(small, monkeypatch):
@@ -132,7 +182,7 @@ def test_without_unlabelled_weight_it_is_the_control(small):
 
 @pytest.mark.parametrize("change", [
     {"rectify": False}, {"consistency": False}, {"bidirectional": False}, {"negatives": "random"}, {"max_anchors": 2},
-    {"contrast": False}, {"view_shift_by": "mean"}])
+    {"contrast": False}, {"view_shift_by": "mean"}, {"cutmix": 0.0}])
 def test_each_ablation_changes_the_step(small, change):
     settings = RCPSSettings(num_negatives=5)
     networks = []
@@ -197,6 +247,8 @@ def test_wrong_settings_are_refused():
         RCPSSettings(num_negatives=0)
     with pytest.raises(UserError, match="max_anchors"):
         RCPSSettings(max_anchors=0)
+    with pytest.raises(UserError, match="cutmix"):
+        RCPSSettings(cutmix=1.5)
 
 
 @pytest.mark.parametrize("regions", [False, True])

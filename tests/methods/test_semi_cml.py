@@ -138,7 +138,22 @@ def test_stage_one_weights(small, settings, expected):
     method.progress = 0.5
     weights = {t.name: t.weight for g in method.loss(small.batch()) for t in g}
     assert weights["asc"] == pytest.approx(expected)
+    assert weights["consistency"] == 1.0
+    method.progress = 0.1
+    weights = {t.name: t.weight for g in method.loss(small.batch()) for t in g}
+    assert weights["consistency"] == pytest.approx(RAMP)  # half-way to a fifth of training
+
+
+def test_as_in_the_paper_the_agreement_may_ramp_up_over_all_of_training(small):
+    method = make(small, ramp_fraction=1.0)
+    method.progress = 0.5
+    weights = {t.name: t.weight for g in method.loss(small.batch()) for t in g}
     assert weights["consistency"] == pytest.approx(RAMP)
+
+
+@pytest.mark.parametrize("settings, expected", [({}, 0.999), ({"num_epochs": 20}, 0.99), ({"ema_decay": 0.9}, 0.9)])
+def test_the_teachers_memory_follows_the_length_of_training(small, settings, expected):
+    assert [teacher.decay for teacher in make(small, **settings).teachers] == pytest.approx([expected] * 2)
 
 
 def test_the_better_modality_on_labelled_training_patches_teaches(small):

@@ -3,9 +3,14 @@ import math
 import pytest
 import torch
 
+from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import with_noise
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.uamt import UAMT, UAMTSettings
+
+PAPER = {"perturbation": "noise", "consistency_weight": 0.1, "ramp_fraction": 1.0}
 
 
 def make(small, settings=None, cls=UAMT, progress=0.5, regions=False, dropout=0.0):
@@ -26,14 +31,16 @@ def consistency(method, batch):
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_the_term_is_the_papers_in_value_and_gradient(small, regions):
-    method, batch = make(small, regions=regions), small.batch(regions=regions)
+    method, batch = make(small, UAMTSettings(**PAPER), regions=regions), small.batch(regions=regions)
     term = consistency(method, batch)
     last_layer = list(method.student.decoder.seg_layers[-1].parameters())
     gradients = torch.autograd.grad(term.value, last_layer)
 
     torch.manual_seed(3)  # noise is drawn for the student, the teacher, and each of T = 8 passes
     activate = torch.sigmoid if regions else (lambda z: z.softmax(1))
-    noise = [with_noise(batch.unlabelled, 0.1) for _ in range(10)]
+    noise = [with_noise(batch.unlabelled, 0.1)]
+    CutMix.draw(batch.unlabelled, 0.0)  # nothing is mixed
+    noise += [with_noise(batch.unlabelled, 0.1) for _ in range(9)]
     student = activate(method.student(noise[0]))
     with torch.no_grad():
         teacher = activate(method.teacher.network(noise[1]))
@@ -58,11 +65,37 @@ def test_the_term_is_the_papers_in_value_and_gradient(small, regions):
     assert term.weight == pytest.approx(0.1 * ramp)
 
 
-def test_where_every_voxel_is_certain_enough_it_is_mean_teacher(small):
-    uamt, mean_teacher = make(small, UAMTSettings(threshold=1.0)), make(small, MeanTeacherSettings(), MeanTeacher)
+@pytest.mark.parametrize("settings", [{}, PAPER])
+def test_where_every_voxel_is_certain_enough_it_is_mean_teacher(small, settings):
+    uamt = make(small, UAMTSettings(threshold=1.0, **settings))
+    mean_teacher = make(small, MeanTeacherSettings(**settings), MeanTeacher)
     terms = [consistency(method, small.batch()) for method in (uamt, mean_teacher)]
     assert torch.allclose(terms[0].value, terms[1].value, rtol=1e-5) and terms[0].weight == terms[1].weight
     assert uamt.metrics["unlabelled_voxels_used"] == 1
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_by_default_the_certain_voxels_move_with_the_mixed_patches(small, regions):
+    method, batch = make(small, regions=regions, progress=0.1), small.batch(regions=regions)
+    term = consistency(method, batch)
+    torch.manual_seed(3)
+    inside = CutMix.draw(batch.unlabelled, 0.5).inside
+    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings)
+    activate = torch.sigmoid if regions else (lambda z: z.softmax(1))
+    with torch.no_grad():
+        teacher = activate(method.teacher.network(batch.unlabelled))
+        mean = torch.stack([activate(method.teacher.network(with_noise(batch.unlabelled, 0.1)))
+                            for _ in range(8)]).mean(0)
+    own = -mean * mean.log()
+    entropy = own - (1 - mean) * (1 - mean).log() if regions else own.sum(1, keepdim=True).expand_as(mean)
+    certain = entropy < (0.75 + 0.25 * math.exp(-5 * 0.9 ** 2)) * math.log(2 if regions else 3)
+    assert 0.05 < certain.float().mean() < 0.95
+    teacher, counted = small.mixed(inside, teacher), small.mixed(inside, certain)
+    expected = (((activate(method.student(view)) - teacher) ** 2)[counted]).mean()
+    assert torch.allclose(term.value, expected, rtol=1e-4)
+    assert small.same_gradients(term.value, expected, method.student)
+    assert term.weight == pytest.approx(10 * math.exp(-5 * 0.25))
+    assert method.metrics["unlabelled_voxels_used"].item() == pytest.approx(certain.float().mean().item())
 
 
 def test_the_threshold_ends_at_the_largest_entropy(small):
@@ -98,3 +131,9 @@ def test_the_student_is_deployed_as_in_the_released_code(small):
     method = make(small)
     assert method.deployable() is method.student
     assert make(small, UAMTSettings(deploy="teacher")).deployable() is not method.student
+
+
+@pytest.mark.parametrize("name, value", [("passes", 0), ("threshold", 1.5), ("threshold_ramp", -1.0)])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=name):
+        UAMTSettings(**{name: value})

@@ -70,7 +70,7 @@ def raw_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
             "median_relative_size_after_cropping": 1.0,
         }
         preprocessed = tmp_path / "preprocessed" / DATASET
-        preprocessed.mkdir(parents=True)
+        preprocessed.mkdir(parents=True, exist_ok=True)
         (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
         return folder
 

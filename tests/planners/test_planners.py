@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
 from planners.nnUNetFingerprintExtractorSemi import nnUNetFingerprintExtractorSemi
 from planners.nnUNetPlannerSemi import nnUNetPlannerSemi
@@ -16,6 +24,7 @@ from planners.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
 
 DATASET = 2
 TWO_MODALITIES = {"modalities": {"T1": [0], "T2": [1]}}
+JOINED = {"plan_joined_passes": True}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +42,8 @@ def cost(plan):
     return estimate * batch / 2  # the reference is for a batch of two
 
 
-@pytest.mark.parametrize(("semi", "graphs"), [(None, 2), (TWO_MODALITIES, 4)])
-def test_all_planned_graphs_fit_the_memory_of_one_stock_network(raw_dataset, semi, graphs):
+@pytest.mark.parametrize(("semi", "graphs"), [(JOINED, 2), (TWO_MODALITIES | JOINED, 4)])
+def test_joined_passes_fit_the_memory_of_one_stock_network(raw_dataset, semi, graphs):
     raw_dataset(semi=semi)
     plans = nnUNetPlannerSemi(DATASET, gpu_memory_target_in_gb=8).plan_experiment()
     plan = plans["configurations"]["3d_fullres"]
@@ -45,8 +54,33 @@ def test_all_planned_graphs_fit_the_memory_of_one_stock_network(raw_dataset, sem
     assert graphs * cost(plan) > 560_000_000 * 0.5
 
 
+@pytest.mark.parametrize("semi", [None, TWO_MODALITIES, {"plan_joined_passes": False}])
+@pytest.mark.parametrize(
+    ("shape", "spacing", "memory"),
+    [
+        ((160, 180, 170), (1.0, 1.0, 1.0), 8),
+        ((40, 256, 240), (5.0, 1.6, 1.6), 0.2),
+    ],
+)
+def test_patch_and_batch_are_nnunets_own(raw_dataset, monkeypatch, shape, spacing, memory, semi):
+    raw_dataset(shape, spacing, semi)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    plans = {}
+    for planner_class in (ExperimentPlanner, nnUNetPlannerSemi):
+        planner = planner_class(DATASET, memory, plans_name="plans")
+        planner.lowres_creation_threshold = 0.0  # the search for 3d_lowres takes long
+        plans[planner_class] = planner.plan_experiment()["configurations"]
+    for configuration, expected in plans[ExperimentPlanner].items():
+        plan = plans[nnUNetPlannerSemi][configuration]
+        assert plan.pop("semi") == {"planned_graphs": 1}
+        assert plan == {**expected, "preprocessor_name": "nnUNetPreprocessorSemi"}
+        if configuration == "3d_fullres" or memory < 8:  # the memory is what limits the patch
+            assert np.prod(plan["patch_size"]) < 0.8 * np.prod(plan["median_image_size_in_voxels"])
+    assert set(plans[ExperimentPlanner]) == {"2d", "3d_fullres"}
+
+
 def test_memory_is_estimated_as_nnunet_does(raw_dataset, monkeypatch):
-    raw_dataset()
+    raw_dataset(semi=JOINED)
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     stock = ExperimentPlanner(DATASET, gpu_memory_target_in_gb=4, plans_name="stock").plan_experiment()
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -132,7 +166,8 @@ def test_the_cpu_preset_is_small_whatever_the_images(raw_dataset, shape, spacing
     assert set(plans["configurations"]) == {"2d", "3d_fullres", "3d_atlas"}
     volume, slices = plans["configurations"]["3d_fullres"], plans["configurations"]["2d"]
     assert np.prod(volume["patch_size"]) <= 40**3 and volume["batch_size"] == 2
-    assert np.prod(slices["patch_size"]) <= 96**2 and slices["batch_size"] == 8
+    limit_2d = 128**2 if np.prod(shape) / min(shape) > 4 * 96**2 else 96**2
+    assert np.prod(slices["patch_size"]) <= limit_2d and slices["batch_size"] == 8
     for plan in (volume, slices):
         arch = plan["architecture"]["arch_kwargs"]
         assert arch["features_per_stage"][0] == 8 and max(arch["features_per_stage"]) <= 64
@@ -140,7 +175,7 @@ def test_the_cpu_preset_is_small_whatever_the_images(raw_dataset, shape, spacing
         divisor = np.prod(arch["strides"], axis=0)
         assert all(size % by == 0 for size, by in zip(plan["patch_size"], divisor, strict=True))
         # a patch is as large as the image, or near the limit
-        limit = 40**3 if len(divisor) == 3 else 96**2
+        limit = 40**3 if len(divisor) == 3 else limit_2d
         assert np.prod(plan["patch_size"]) >= min(0.4 * limit, 0.9 * np.prod(plan["median_image_size_in_voxels"]))
         assert plan["semi"] == {
             "planned_graphs": 4,
@@ -163,3 +198,93 @@ def test_a_training_step_with_the_cpu_preset_needs_few_operations(raw_dataset):
     with FlopCounterMode(display=False) as counter:
         sum(output.square().mean() for output in network(image)).backward()
     assert counter.get_total_flops() < 1e10  # about a tenth of a second of one processor core
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_cpu_preset_joins_passes_whatever_the_data_set_says(raw_dataset, joined):
+    raw_dataset(semi={"plan_joined_passes": joined})
+    configurations = nnUNetPlannerSemiCPU(DATASET).plan_experiment()["configurations"]
+    assert {plan["semi"]["planned_graphs"] for plan in configurations.values()} == {2}
+
+
+def cpu_plan(raw_dataset, shape, spacing, configuration="2d"):
+    """A configuration as it stands in the plans file."""
+    folder = raw_dataset(shape, spacing)
+    planner = nnUNetPlannerSemiCPU(DATASET)
+    planner.plan_experiment()
+    file = folder.parents[1] / "preprocessed" / folder.name / f"{planner.plans_identifier}.json"
+    return json.loads(file.read_text())["configurations"][configuration]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "coarser"),
+    [
+        ((1, 256, 256), (999.0, 1.0, 1.0), 2.0),
+        ((1, 224, 288), (999.0, 1.0, 1.0), 2.0),
+        ((1, 1000, 1400), (999.0, 1.0, 1.0), 9.5),
+        ((1, 300, 205), (999.0, 0.5, 0.7), 2.1),
+        ((1, 90, 1200), (999.0, 1.0, 1.0), 2.6),
+        ((30, 512, 512), (5.0, 0.8, 0.8), 4.0),
+    ],
+)
+def test_a_2d_patch_of_the_cpu_preset_holds_a_large_image_at_a_coarser_spacing(raw_dataset, shape, spacing, coarser):
+    plan = cpu_plan(raw_dataset, shape, spacing)
+    assert np.prod(plan["patch_size"]) <= 128**2 and plan["batch_size"] == 8
+    factors = np.array(plan["spacing"]) / spacing[1:]
+    assert factors[0] == pytest.approx(factors[1])
+    assert coarser - 0.1 < factors[0] < 1.25 * coarser  # padding may need some more
+    resampled = compute_new_shape(shape[1:], spacing[1:], plan["spacing"])
+    assert list(resampled) == plan["median_image_size_in_voxels"]
+    assert (np.array(plan["patch_size"]) >= resampled).all()
+    divisor = np.prod(plan["architecture"]["arch_kwargs"]["strides"], axis=0)
+    assert (np.array(plan["patch_size"]) - resampled < divisor).all()  # filled but for the padding
+
+
+@pytest.mark.parametrize("shape", [(1, 192, 192), (30, 192, 192), (1, 150, 240), (1, 96, 96), (1, 60, 64)])
+def test_2d_images_of_up_to_four_patches_keep_their_spacing(raw_dataset, shape):
+    plan = cpu_plan(raw_dataset, shape, (999.0, 0.8, 0.8))
+    assert plan["spacing"] == [0.8, 0.8]
+    assert plan["median_image_size_in_voxels"] == list(shape[1:])
+    assert np.prod(plan["patch_size"]) <= 96**2
+    if shape[1:] == (192, 192):
+        assert plan["patch_size"] == [96, 96]
+
+
+def test_3d_configurations_of_the_cpu_preset_do_not_depend_on_the_2d_one(raw_dataset, monkeypatch):
+    shape, spacing = (40, 512, 480), (5.0, 0.8, 0.8)
+    plan = cpu_plan(raw_dataset, shape, spacing, "3d_fullres")
+    assert plan["spacing"] == list(spacing) and np.prod(plan["patch_size"]) <= 40**3
+    monkeypatch.setattr("planners.nnUNetPlannerSemiCPU._MAX_IMAGE_VOXELS_2D", np.inf)
+    assert cpu_plan(raw_dataset, shape, spacing, "3d_fullres") == plan
+
+
+def test_predictions_of_a_large_2d_image_have_its_size(tmp_path, monkeypatch):
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    raw = make_phantom_dataset(
+        tmp_path / "raw", DATASET, labelled=2, unlabelled=0, test=0, shape=(256, 256), file_ending=".png"
+    )
+    with monkeypatch.context() as patch:  # threads: a process takes seconds to import torch
+        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+        extractor = nnUNetFingerprintExtractorSemi(DATASET, num_processes=1)
+        extractor.num_foreground_voxels_for_intensitystats = 4000
+        extractor.run()
+    nnUNetPlannerSemiCPU(DATASET).plan_experiment()
+    plans_manager = PlansManager(str(tmp_path / "preprocessed" / raw.name / "nnUNetSemiCPUPlans.json"))
+    configuration = plans_manager.get_configuration("2d")
+    assert list(configuration.patch_size) == [128, 128]
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    images = [str(raw / "imagesTr" / f"case_0000_{channel:04d}.png") for channel in range(2)]
+    label_file = str(raw / "labelsTr" / "case_0000.png")
+    data, label, properties = DefaultPreprocessor(verbose=False).run_case(
+        images, label_file, plans_manager, configuration, dataset_json
+    )
+    assert data.shape == (2, 1, 128, 128)
+    classes = len(dataset_json["labels"])
+    logits = torch.nn.functional.one_hot(torch.from_numpy(label[0]).long().clamp(min=0), classes).movedim(-1, 0) * 10.0
+    predicted = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans_manager, configuration, plans_manager.get_label_manager(dataset_json), properties
+    )
+    truth = plans_manager.image_reader_writer_class().read_seg(label_file)[0][0]
+    assert predicted.shape == truth.shape == (1, 256, 256)
+    assert np.mean(predicted == truth) > 0.97

@@ -23,6 +23,7 @@ from planners.nnUNetPlannerSemi import nnUNetPlannerSemi
 from planners.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
 
 DATASET = 2
+JOINED = {"plan_joined_passes": True}
 # The two cases' shapes (voxels) and spacings (mm), and the memory target (GB); none fits at the spacing of 3d_fullres.
 LARGE = {
     "isotropic": ([(150, 140, 60), (90, 160, 70)], [(1.0, 1.0, 1.0)] * 2, 4),
@@ -40,7 +41,7 @@ def planned(raw_dataset, tmp_path, monkeypatch):
     def make(shapes, spacings, memory=8.0, planner_class=nnUNetPlannerSemi):
         monkeypatch.setattr("planners.nnUNetPlannerSemi.default_num_processes", 1)
         if not (tmp_path / "raw").exists():
-            raw_dataset()
+            raw_dataset(semi=JOINED)
         file = next((tmp_path / "preprocessed").glob("*/dataset_fingerprint.json"))
         fingerprint = json.loads(file.read_text())
         file.write_text(json.dumps({**fingerprint, "shapes_after_crop": shapes, "spacings": spacings}))
@@ -104,7 +105,7 @@ def test_the_patch_holds_every_volume_and_fits_the_memory(planned, geometry):
     assert list(plan["patch_size"]) == [int(-(-size // by) * by) for size, by in zip(largest, divisor, strict=True)]
     assert plan["batch_size"] >= 2
     assert planner.planned_graphs * memory_estimate(plan, batch_size=2) <= memory
-    assert plan["semi"] == {"planned_graphs": planner.planned_graphs}
+    assert plan["semi"] == {"planned_graphs": planner.planned_graphs} == {"planned_graphs": 2}
 
 
 @pytest.mark.parametrize("geometry", [name for name in LARGE if name != "elongated"])
@@ -164,9 +165,18 @@ def test_more_memory_gives_a_finer_spacing(planned):
     assert max(large["spacing"]) < max(small["spacing"])
 
 
-def test_modalities_share_the_memory(planned, raw_dataset):
+def test_passes_that_run_one_after_another_have_all_the_memory(planned, raw_dataset):
     shapes, spacings, memory = LARGE["isotropic"]
-    raw_dataset(semi={"modalities": {"T1": [0], "T2": [1]}})
+    joined = plan_of(planned(shapes, spacings, memory))
+    raw_dataset(semi={})
+    plan = plan_of(planned(shapes, spacings, memory / 2))
+    assert (joined.pop("semi"), plan.pop("semi")) == ({"planned_graphs": 2}, {"planned_graphs": 1})
+    assert plan == joined
+
+
+def test_joined_modalities_share_the_memory(planned, raw_dataset):
+    shapes, spacings, memory = LARGE["isotropic"]
+    raw_dataset(semi={"modalities": {"T1": [0], "T2": [1]}, **JOINED})
     planner = planned(shapes, spacings, 2 * memory)
     plan = plan_of(planner)
     assert plan["semi"] == {"planned_graphs": 4}
@@ -198,7 +208,7 @@ def test_2d_data_sets_have_none(planned):
 
 @pytest.mark.parametrize("planner_class", [nnUNetPlannerSemi, nnUNetPlannerSemiCPU])
 def test_everything_else_in_the_plans_stays_as_it_was(planned, raw_dataset, monkeypatch, planner_class):
-    raw_dataset((80, 120, 110), (2.0, 1.0, 1.0))
+    raw_dataset((80, 120, 110), (2.0, 1.0, 1.0), semi=JOINED)
     planner = planner_class(DATASET, 1)
     planner.plan_experiment()
     configurations = planner.plans["configurations"]
@@ -232,7 +242,7 @@ def test_planning_again_replaces_it_and_keeps_configurations_of_the_user(planned
 
 
 def test_unlabelled_volumes_are_held_only_if_asked_for(planned, raw_dataset, write_case):
-    folder = raw_dataset(semi={"plan_with_unlabelled": False})
+    folder = raw_dataset(semi={"plan_with_unlabelled": False, **JOINED})
     write_case(folder, "imagesUn", "un_0", (62, 40, 44), 0)
     geometry = [(24, 28, 20)] * 2, [(1.0, 1.0, 1.0)] * 2
     assert max(plan_of(planned(*geometry))["patch_size"]) < 40

@@ -18,22 +18,26 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
 
     from nnunetv2_semi.methods.base import Batch
     from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+    from nnunetv2_semi.methods.mix import Mix, MixSettings
     from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
     from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
     from nnunetv2_semi.networks.modality_branches import ModalityBranches
     from nnunetv2_semi.step import TrainingStep
 
+    # each process draws its own views
+    as_it_is = {"cutmix": 0.0, "view_noise": 0.0, "view_scale": 0.0, "view_shift": 0.0, "view_gamma": 0.0}
     torch.manual_seed(1)
     if kind == "SemiCML":
         names = {"m0": [0], "m1": [1]}
         student = ModalityBranches({n: small_network(1, 3) for n in names}, names, False)
         method = SemiCML(student, SemiCMLSettings(modalities=names, asc=False, prel_noise=0.0), context())
     elif kind == "RCPS":
-        method = RCPS(small_network(2, 3), RCPSSettings(num_negatives=9, negatives_from_all_processes=True,
-                                                        view_noise=0.0, view_scale=0.0, view_shift=0.0,
-                                                        view_gamma=0.0), context())
+        method = RCPS(small_network(2, 3), RCPSSettings(num_negatives=9, negatives_from_all_processes=True, **as_it_is),
+                      context())
+    elif kind == "Mix":  # of chosen voxels each process takes the mean of its own
+        method = Mix(small_network(2, 3), MixSettings(voxels="all", labelled_mixing=0.0, **as_it_is), context())
     else:
-        method = MeanTeacher(small_network(2, 3), MeanTeacherSettings(noise=0.0), context())
+        method = MeanTeacher(small_network(2, 3), MeanTeacherSettings(perturbation="noise", noise=0.0), context())
     step = TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=rank,
                         max_skipped_steps=5)
     skipped = []
@@ -55,7 +59,8 @@ def training(rank: int, world: int, folder: Path, kind: str) -> None:
 
     trainer = make_trainer(folder / "w", f"nnUNetTrainerSemi{kind}")
     trainer.run_training()
-    torch.save({"state": trainer.method.state_dict(), "batch": trainer.batch_size}, folder / f"run_{kind}_{rank}.pt")
+    torch.save({"state": trainer.method.state_dict(), "batch": trainer.batch_size, "foreground": trainer._foreground},
+               folder / f"run_{kind}_{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ KINDS = {
 }
 TRAINERS = ["nnUNetTrainerSemiSupervised", "nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiRCPS",
             "nnUNetTrainerSemiCML"]
-BASELINES = ["nnUNetTrainerSemiUAMT", "nnUNetTrainerSemiFixMatch", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP"]
+BASELINES = ["nnUNetTrainerSemiUAMT", "nnUNetTrainerSemiFixMatch", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP",
+             "nnUNetTrainerSemiMix"]
 
 
 def train_all(tools, workspace, configuration, **semi):
@@ -68,7 +69,8 @@ def test_2d_images(tools, tmp_path, monkeypatch):
 def test_baselines(tools, tmp_path, monkeypatch, configuration, kind):
     """Two kinds; tests/methods/test_baselines.py has all of them, without the trainer."""
     tools.prepare(tmp_path / "w", configuration, monkeypatch, **kind)
-    train(tools, tmp_path / "w", configuration, BASELINES, BCP={"pretrain_fraction": 0.5})
+    train(tools, tmp_path / "w", configuration, BASELINES, BCP={"pretrain_fraction": 0.5},
+          Mix={"partner": "both", "spatial_view": "flips", "largest_component": None})
 
 
 @pytest.mark.parametrize("configuration, kind", [

@@ -35,10 +35,11 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML",
-                                  "nnUNetTrainerSemiRCPS", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP"])
+                                  "nnUNetTrainerSemiRCPS", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP",
+                                  "nnUNetTrainerSemiMix"])
 def test_continued_training_ends_with_the_same_weights(tools, workspace, name):
     tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5}, RCPS={"buffer_steps": 2},
-                   BCP={"pretrain_fraction": 0.3})
+                   BCP={"pretrain_fraction": 0.3}, Mix={"unlabelled_foreground": 0.5})
     whole = tools.trainer(workspace, name)
     whole.run_training()
 
