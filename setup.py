@@ -55,7 +55,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunetv2_semi", "nnunetv2_semi.*"]), *NNUNET_FOLDERS],
     package_dir=NNUNET_FOLDERS,
-    package_data={"nnunetv2_semi.benchmark": ["*.j2"]},
+    package_data={"nnunetv2_semi.benchmark.report": ["*.j2"]},
     install_requires=[
         "nnunetv2>=2.8,<2.9",
         "torch",
@@ -70,6 +70,7 @@ setup(
         "nibabel",
         "numpy",
         "pandas",
+        "pydantic>=2",
         "scipy",
         "threadpoolctl",
         "tqdm",

@@ -22,7 +22,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
-from nnunetv2_semi.methods.base import Method, WholeCase
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import WholeCase
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
 CONFIGURATION = "3d_fullres"

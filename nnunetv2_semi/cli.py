@@ -14,13 +14,17 @@ from nnunetv2_semi.errors import UserError
 # name: (module with add_arguments(parser) and run(args) -> exit status, help)
 COMMANDS = {
     "benchmark": ("nnunetv2_semi.benchmark.command", "run a study of several trainers, and report on it"),
-    "demo": ("nnunetv2_semi.demo", "make a phantom data set, train on it and compare, in a few minutes on a CPU"),
+    "demo": ("nnunetv2_semi.commands.demo", "make a phantom data set, train on it and compare, in minutes on a CPU"),
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
-    "export": ("nnunetv2_semi.export", "write a model folder that runs without this package"),
-    "link": ("nnunetv2_semi.link_command", "make the trainers visible to an editable or separate nnU-Net"),
-    "selftrain": ("nnunetv2_semi.benchmark.self_training", "train, label unlabelled cases by prediction, train again"),
-    "subset": ("nnunetv2_semi.benchmark.subset", "make data sets with fewer labels from a labelled one"),
-    "unlink": ("nnunetv2_semi.unlink_command", "undo link"),
+    "export": ("nnunetv2_semi.commands.export", "write a model folder that runs without this package"),
+    "link": ("nnunetv2_semi.commands.link", "make the trainers visible to an editable or separate nnU-Net"),
+    "selftrain": (
+        "nnunetv2_semi.benchmark.self_training.command",
+        "train, label unlabelled cases by prediction, train again",
+    ),
+    "settings": ("nnunetv2_semi.commands.settings", "show what can be set in a plans file"),
+    "subset": ("nnunetv2_semi.benchmark.datasets.subset", "make data sets with fewer labels from a labelled one"),
+    "unlink": ("nnunetv2_semi.commands.link", "undo link"),
 }
 
 

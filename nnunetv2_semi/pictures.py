@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from nnunetv2_semi.data.whole_files import whole_file
+from nnunetv2_semi.data.atomic_files import whole_file
 
 # Okabe and Ito's colours, told apart with any colour vision and against grey.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC3377", "#F0E442", "#0072B2", "#D55E00")

@@ -9,11 +9,11 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.case_channels import channels_by_name, lacking_channels
-from nnunetv2_semi.data.fingerprint import check_statistics, fingerprint_of_present_channels
 from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
-from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.planning.fingerprint import check_statistics, fingerprint_of_present_channels
 
 
 class nnUNetFingerprintExtractorSemi(DatasetFingerprintExtractor):

@@ -12,12 +12,12 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.dataset_settings import read_dataset_settings
-from nnunetv2_semi.data.geometry import unlabelled_geometry
 from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
-from nnunetv2_semi.data.whole_files import read_json_object
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
+from nnunetv2_semi.planning.geometry import unlabelled_geometry
+from nnunetv2_semi.planning.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
 
 
 class nnUNetPlannerSemi(ExperimentPlanner):
@@ -32,8 +32,8 @@ class nnUNetPlannerSemi(ExperimentPlanner):
     those of labelled ones; intensity statistics come from labelled foreground in any case.
 
     Data sets of 3D images get one configuration more, 3d_atlas: its patch holds the whole volume of the largest case
-    along each axis, at the finest spacing that fits the memory target (see `nnunetv2_semi.whole_volumes`). Unlabelled
-    cases count only with "plan_with_unlabelled"; without it, one of them may be larger than the patch.
+    along each axis, at the finest spacing that fits the memory target (see `nnunetv2_semi.planning.whole_volumes`).
+    Unlabelled cases count only with "plan_with_unlabelled"; without it, one of them may be larger than the patch.
 
     Args:
         dataset_name_or_id: as for nnU-Net's planner.

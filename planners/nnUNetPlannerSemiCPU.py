@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nnunetv2_semi.whole_volumes import SPACING_STEP
+from nnunetv2_semi.planning.whole_volumes import SPACING_STEP
 
 from .nnUNetPlannerSemi import nnUNetPlannerSemi
 

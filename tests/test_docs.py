@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.util
 import json
 import math
@@ -19,10 +18,11 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from torch import nn
 
 import nnunetv2_semi
-from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
+from nnunetv2_semi.commands.settings import page_with_tables
 from nnunetv2_semi.losses.weighted_dice_ce import WeightedDiceCE
-from nnunetv2_semi.methods.base import Batch, Context
+from nnunetv2_semi.methods.arrangement import Arrangement
 from nnunetv2_semi.methods.bcp import BCP
+from nnunetv2_semi.methods.contract import Batch, Context
 from nnunetv2_semi.methods.cps import CPS
 from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.mass import MASS
@@ -33,8 +33,8 @@ from nnunetv2_semi.methods.semi_cml import SemiCML
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.methods.uamt import UAMT
-from nnunetv2_semi.step import TrainingStep
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
+from nnunetv2_semi.training.step import TrainingStep
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -80,9 +80,11 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
                             nonlin=nn.LeakyReLU, deep_supervision=False)
     dice = {"batch_dice": False, "do_bg": regions, "smooth": 1e-5}
     loss: nn.Module = DC_and_BCE_loss({}, dice) if regions else DC_and_CE_loss(dice, {})
-    context = Context(loss, WeightedDiceCE(regions, (1.0,), batch_dice=False), regions, None, (1.0, 1.0), {"m": [0]},
-                      one_pass, 1, sum_over_processes, rows_of_all_processes, (1.0,), (8, 8), (8.0, 8.0), HEADS,
-                      lambda channels: nn.Conv2d(channels, HEADS, 1), lambda: iter(()), (0, 1), lambda: True)
+    context = Context(supervised_loss=loss, weighted_loss=WeightedDiceCE(regions, (1.0,), batch_dice=False),
+                      regions=regions, ignore_label=None, spacing=(1.0, 1.0), modalities={"m": [0]},
+                      arrangement=Arrangement(one_pass), scale_weights=(1.0,), patch_size=(8, 8), image_size=(8.0, 8.0),
+                      num_heads=HEADS, training_cases=lambda: iter(()), mirror_axes=(0, 1),
+                      single_components=lambda: True)
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)
@@ -133,11 +135,17 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
 METHODS = [Mix, Supervised, SemiCML, MeanTeacher, RCPS, MASS, UAMT, FixMatch, CPS, BCP]
 
 
+def test_settings_tables_are_what_the_command_writes():
+    page = text("docs/settings.md")
+    assert page_with_tables(page) == page, "renew it: nnunetv2_semi settings --write docs/settings.md"
+
+
 @pytest.mark.parametrize("heading, settings", [("All trainers", Settings),
                                                *((f"`{method.name}`", method.Settings) for method in METHODS)])
 def test_settings_tables_list_every_setting_with_its_default(heading, settings):
-    common = {f.name for f in dataclasses.fields(Settings)}
-    fields = {f.name: f.default for f in dataclasses.fields(settings) if settings is Settings or f.name not in common}
+    common = {name: field.default for name, field in Settings.model_fields.items()}
+    fields = {name: field.default for name, field in settings.model_fields.items()
+              if settings is Settings or name not in common or common[name] != field.default}
     documented = {row[0].strip("`"): json.loads(row[1].strip("`")) for row in rows("docs/settings.md", heading)}
     assert documented == fields
 
@@ -149,7 +157,7 @@ def test_settings_shown_are_accepted(page):
     semi = shown.get("configurations", shown)["3d_fullres"]["semi"]
     for method in METHODS:
         settings = settings_from_plan(method.Settings, semi, method.name)
-        assert settings.num_epochs == semi["num_epochs"] != Settings.num_epochs
+        assert settings.num_epochs == semi["num_epochs"] != Settings().num_epochs
 
 
 def test_trainers_are_all_in_the_readme():

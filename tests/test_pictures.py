@@ -45,7 +45,7 @@ def test_outlines_have_the_colours_of_their_structures(tmp_path: Path) -> None:
 
 
 def test_maps_of_all_epochs_share_one_range_that_shows_what_is_not_near_one():
-    from nnunetv2_semi.training_pictures import _with_common_ranges
+    from nnunetv2_semi.training.pictures import _with_common_ranges
 
     def row(certainty: np.ndarray) -> PictureRow:
         return PictureRow("epoch", {"e^-D": certainty, "image": certainty}, {"truth": certainty > 2}, {})

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunetv2_semi.benchmark import report
-from nnunetv2_semi.benchmark.jobs import Job
-from nnunetv2_semi.benchmark.runs import PredictedRun
-from nnunetv2_semi.benchmark.study import Study, read_study
-from nnunetv2_semi.commands import exit_status_of
+from nnunetv2_semi.benchmark.report import report
+from nnunetv2_semi.benchmark.report.runs import PredictedRun
+from nnunetv2_semi.benchmark.study.jobs import Job
+from nnunetv2_semi.benchmark.study.study import Study, read_study
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.processes.commands import exit_status_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +49,10 @@ def _run_study(study: Study, args: argparse.Namespace) -> int:
     # torch and nnU-Net take seconds to import: a wrong study file should be told at once
     from filelock import FileLock, Timeout
 
-    from nnunetv2_semi.benchmark.cluster import cluster_executor, run_on_cluster
-    from nnunetv2_semi.benchmark.local_pool import check_devices, run_on_devices
-    from nnunetv2_semi.benchmark.preparation import prepare
-    from nnunetv2_semi.benchmark.progress import StudyBar
+    from nnunetv2_semi.benchmark.study.cluster import cluster_executor, run_on_cluster
+    from nnunetv2_semi.benchmark.study.local_pool import check_devices, run_on_devices
+    from nnunetv2_semi.benchmark.study.preparation import prepare
+    from nnunetv2_semi.benchmark.study.progress import StudyBar
 
     devices = [] if args.cluster else check_devices(study.devices if args.devices is None else args.devices)
     study.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def _run_study(study: Study, args: argparse.Namespace) -> int:
 
 
 def _show_status(study: Study) -> int:
-    from nnunetv2_semi.benchmark.preparation import list_jobs
+    from nnunetv2_semi.benchmark.study.preparation import list_jobs
 
     jobs = list_jobs(study)
     states = {job.name: job.state_now() for job in jobs}
@@ -98,8 +98,8 @@ def study_runs(file: Path) -> tuple[Study, Sequence[PredictedRun]]:
     Raises:
         UserError: None is.
     """
-    from nnunetv2_semi.benchmark.comparability import check_unchanged
-    from nnunetv2_semi.benchmark.preparation import list_jobs
+    from nnunetv2_semi.benchmark.study.comparability import check_unchanged
+    from nnunetv2_semi.benchmark.study.preparation import list_jobs
 
     study = read_study(file)
     jobs = list_jobs(study)

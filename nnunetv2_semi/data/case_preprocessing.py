@@ -15,11 +15,11 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi.data.case_records import CaseRecords
+from nnunetv2_semi.data.duplicates import ImageContent
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
-from nnunetv2_semi.data.identity import ImageContent
-from nnunetv2_semi.data.processes import results_in_parallel
 from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.processes.pool import results_in_parallel
 
 _UNFINISHED_FOLDER = "unfinished"
 _LEFTOVERS_AFTER_SECONDS = 24 * 3600.0

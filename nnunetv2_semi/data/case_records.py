@@ -10,9 +10,9 @@ from dataclasses import asdict
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_semi.data.identity import ImageContent, file_stamp
-from nnunetv2_semi.data.modalities import PRESENT_CHANNELS
-from nnunetv2_semi.data.whole_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.duplicates import ImageContent, file_stamp
+from nnunetv2_semi.data.presence import PRESENT_CHANNELS
 
 _RECORD_VERSION = 1
 _RECORDS_FOLDER = "records"

@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_semi.data.case_channels import channels_of_case
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.data.modalities import PRESENT_CHANNELS
+from nnunetv2_semi.data.presence import PRESENT_CHANNELS
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.present_channels import FILL
 

@@ -21,10 +21,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
-from nnunetv2_semi.data.modalities import CaseChannels, ModalityDrop, mark_present
-from nnunetv2_semi.data.processes import exit_with_parent
+from nnunetv2_semi.data.presence import CaseChannels, ModalityDrop, mark_present
+from nnunetv2_semi.processes.pool import exit_with_parent
 
-Batch = dict[str, object]
+LoadedBatch = dict[str, object]
+# Per case, per foreground label or region (numbered from 0): voxels as nnU-Net stores them, rows (0, z, y, x).
+ForegroundVoxels = dict[str, dict[int, np.ndarray]]
 _AS_SOON_AS_READY: dict = {"in_order": False} if "in_order" in inspect.signature(DataLoader).parameters else {}
 
 
@@ -53,7 +55,7 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         label_manager: LabelManager,
         transforms: BasicTransform | None,
         mask_needed: bool,
-        foreground: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+        foreground: ForegroundVoxels | None = None,
         foreground_share: float = 0.0,
     ) -> None:
         super().__init__(data, batch_size, tuple(initial_patch_size), tuple(patch_size), label_manager)
@@ -64,7 +66,7 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         # with an ignore label nnU-Net draws from annotated voxels only; here there are none
         self.has_ignore = False
 
-    def generate_train_batch(self) -> Batch:
+    def generate_train_batch(self) -> LoadedBatch:
         """Return {"data": float32 (B, C, *spatial), "keys": names of the B cases}."""
         keys = [str(key) for key in self.get_indices()]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
@@ -119,8 +121,8 @@ class SeededBatches(Dataset):
                 elif isinstance(transform, ApplyRandomBinaryOperatorTransform):
                     self._order_dependent.append(transform)
 
-    def __getitem__(self, index: int) -> dict[str, Batch]:
-        batches: dict[str, Batch] = {}
+    def __getitem__(self, index: int) -> dict[str, LoadedBatch]:
+        batches: dict[str, LoadedBatch] = {}
         for name, loader in self.loaders.items():
             for transform in self._order_dependent:
                 transform.channel_idx.sort()  # it shuffles this list in place
@@ -137,11 +139,11 @@ class _Numbered(Dataset):
     def __init__(self, batches: SeededBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Batch]]:
+    def __getitem__(self, index: int) -> tuple[int, dict[str, LoadedBatch]]:
         return index, self.batches[index]
 
 
-class BatchStream(Iterator[dict[str, Batch]]):
+class BatchStream(Iterator[dict[str, LoadedBatch]]):
     """The items of `SeededBatches` in order, made ahead by worker processes.
 
     A worker that is done takes the next item even while an earlier one, slow to make, is waited for; items that are
@@ -173,7 +175,7 @@ class BatchStream(Iterator[dict[str, Batch]]):
     ) -> None:
         self.batches = batches
         self._next_index = start
-        self._early: dict[int, dict[str, Batch]] = {}
+        self._early: dict[int, dict[str, LoadedBatch]] = {}
         loader: DataLoader = DataLoader(
             _Numbered(batches),
             batch_size=None,
@@ -188,14 +190,14 @@ class BatchStream(Iterator[dict[str, Batch]]):
             generator=torch.Generator(),
             **_AS_SOON_AS_READY,
         )
-        self._batches: Iterator[tuple[int, dict[str, Batch]]] | None = iter(loader)
+        self._batches: Iterator[tuple[int, dict[str, LoadedBatch]]] | None = iter(loader)
 
     @property
     def next_index(self) -> int:
         """Index of the item that `next` gives: `start` of a stream that continues this one."""
         return self._next_index
 
-    def __next__(self) -> dict[str, Batch]:
+    def __next__(self) -> dict[str, LoadedBatch]:
         if self._batches is None:
             raise RuntimeError("This stream of batches was closed.")
         while self._next_index not in self._early:

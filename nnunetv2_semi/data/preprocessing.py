@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_semi.data.case_channels import channels_of_cases, lacking_channels, lacking_warning
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
 from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
-from nnunetv2_semi.data.identity import (
+from nnunetv2_semi.data.duplicates import (
     HASHES_FILE,
     ImageContent,
     find_duplicates,

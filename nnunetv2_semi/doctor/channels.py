@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nnunetv2_semi.data.case_channels import channel_names, channels_and_mistakes, lacking_finding
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
-from nnunetv2_semi.data.fingerprint import check_statistics
-from nnunetv2_semi.data.identity import ImageContent
+from nnunetv2_semi.data.duplicates import ImageContent
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.planning.fingerprint import check_statistics
 
 _IN_PART = " (in part)"
 _REMEDIES = {

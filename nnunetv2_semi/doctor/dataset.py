@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
 
+from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.case_channels import channel_numbers
 from nnunetv2_semi.data.dataset_settings import named_channels, num_channels, read_dataset_settings
 from nnunetv2_semi.data.raw_cases import (
@@ -20,7 +21,6 @@ from nnunetv2_semi.data.raw_cases import (
     list_unlabelled_cases,
     naming_rule,
 )
-from nnunetv2_semi.data.whole_files import read_json_object
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.doctor.images import check_images
 from nnunetv2_semi.errors import UserError

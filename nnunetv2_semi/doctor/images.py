@@ -17,11 +17,11 @@ from nnunetv2.imageio.reader_writer_registry import (
 )
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_semi.data.identity import Duplicate, ImageContent, find_duplicates, geometry_difference, read_content
-from nnunetv2_semi.data.processes import results_in_parallel
+from nnunetv2_semi.data.duplicates import Duplicate, ImageContent, find_duplicates, geometry_difference, read_content
 from nnunetv2_semi.doctor.channels import check_channels
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import one_line
+from nnunetv2_semi.processes.pool import results_in_parallel
 
 # Starting a process costs about as much as reading this many small files.
 _FILES_PER_PROCESS = 16

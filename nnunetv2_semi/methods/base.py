@@ -11,9 +11,7 @@ besides; what it holds goes to the training device and into the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -22,100 +20,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import Logits, agreement
+from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.schedules import sigmoid_ramp_up
 from nnunetv2_semi.teachers import Teacher
-
-Target = torch.Tensor | list[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's patches on the training device.
-
-    labelled: (B, C, *spatial). target: nnU-Net's target, a list with deep supervision.
-    unlabelled: (B_u, C, *spatial); an empty tensor for methods that need none.
-    labelled_present, unlabelled_present: bool (B, modalities) and (B_u, modalities) on the CPU, which modalities (in
-    the order of ``Context.modalities``) the case of each patch has; None: all.
-    """
-
-    labelled: torch.Tensor
-    target: Target
-    unlabelled: torch.Tensor
-    labelled_present: torch.Tensor | None = None
-    unlabelled_present: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Term:
-    """One named part of the loss: ``weight * value`` is minimised, ``value`` and ``weight`` are logged.
-
-    value: a scalar with a graph. supervised: it comes from labelled voxels; other terms are left out of a step in which
-    they are not finite. applies: False where no patch of the step is of its kind; it counts for nothing then.
-    """
-
-    name: str
-    value: torch.Tensor
-    weight: float = 1.0
-    supervised: bool = False
-    applies: bool = True
-
-
-@dataclass(frozen=True)
-class WholeCase:
-    """A labelled training case, cropped or padded to the patch size about its centre, without augmentation.
-
-    image: (C, *spatial). target: nnU-Net's (channels, *spatial), without deep supervision. modalities: numbers of those
-    that it has, in the order of ``Context.modalities``.
-    """
-
-    name: str
-    image: torch.Tensor
-    target: torch.Tensor
-    modalities: list[int]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the trainer tells a method.
-
-    supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. weighted_loss: the same of (logits,
-    labels, weight of each voxel), see `WeightedDiceCE`. regions: region-based labels.
-    spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. one_pass: join a step's passes.
-    images_per_pass: where they are not joined and their graphs are needed at once, so many go through together.
-    sum_over_processes: sums a tensor over DDP processes (returns it as it is without DDP); every process must call it.
-    rows_of_all_processes: joins the rows of all of them, with gradients; likewise.
-    scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
-    patch_size: voxels per axis. image_size: median of the images, voxels of the configuration's spacing; three axes
-    where patches are slices of 3D images. num_heads: channels of the logits. build_network: another network of the
-    plan's architecture, freshly initialised, for so many input channels. training_cases: the fold's labelled training
-    cases, in alphabetical order, read one by one. mirror_axes: spatial axes of a patch that may be mirrored, from 0.
-    single_components: whether each foreground label is one connected component in every labelled training case that
-    has it (in 2D in every slice); reads their labels.
-    """
-
-    supervised_loss: Callable[[Logits, Target], torch.Tensor]
-    weighted_loss: Callable[[Logits, torch.Tensor, torch.Tensor], torch.Tensor]
-    regions: bool
-    ignore_label: int | None
-    spacing: tuple[float, ...]
-    modalities: dict[str, list[int]]
-    one_pass: bool
-    images_per_pass: int
-    sum_over_processes: Callable[[torch.Tensor], torch.Tensor]
-    rows_of_all_processes: Callable[[torch.Tensor], torch.Tensor]
-    scale_weights: tuple[float, ...]
-    patch_size: tuple[int, ...]
-    image_size: tuple[float, ...]
-    num_heads: int
-    build_network: Callable[[int], nn.Module]
-    training_cases: Callable[[], Iterator[WholeCase]]
-    mirror_axes: tuple[int, ...]
-    single_components: Callable[[], bool]
 
 
 class Method(nn.Module):
@@ -223,21 +134,10 @@ class Method(nn.Module):
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""
         return weight * self.settings.unlabelled_weight * sigmoid_ramp_up(self.progress, ramp_fraction)
 
-    def passes(self, network: nn.Module, *images: torch.Tensor, together: bool = False) -> Iterator[Any]:
-        """What the network gives for each of ``images``: in one pass, or each pass when it is asked for.
-
-        together: a term needs the graphs of all of them at once. Where one pass has no room, as many images go through
-        at a time as the plan has room for, and each pass is checkpointed: no more than one graph exists at any time.
-        On a processor "one pass" keeps the graphs of all images side by side instead of joining them.
-        """
-        one_pass, joins = self.context.one_pass, joins_batches(images[0].device)
-        run = partial(checkpoint, network, use_reentrant=False) if together and not one_pass else network
-        if one_pass and not joins:
-            yield from [run(image) for image in images]
-            return
-        at_once = len(images) if one_pass else self.context.images_per_pass if together and joins else 1
-        for first in range(0, len(images), at_once):
-            yield from _joined(run, images[first:first + at_once])
+    def passes(self, network: nn.Module, *images: torch.Tensor, together: bool = False,
+               alone: int = 0) -> Iterator[Any]:
+        """What the network gives for each of ``images``, see `Arrangement.passes`."""
+        return self.context.arrangement.passes(network, *images, together=together, alone=alone)
 
     def note_agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Log the share of unlabelled voxels at which teacher and student probabilities decide the same."""
@@ -306,22 +206,3 @@ def require_modalities(context: Context, need: str, example: str) -> None:
 def weights_under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those of ``weights`` (a state dict) whose names begin with ``prefix``, without it."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
-def joins_batches(device: torch.device) -> bool:
-    """Whether one large batch is faster than several small ones: not on a processor."""
-    return device.type != "cpu"
-
-
-def _joined(network: Callable[[torch.Tensor], Any], images: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """One pass for all ``images``; what it gives (a tensor, or tensors nested in lists and tuples) in parts."""
-    if len(images) == 1:
-        yield network(images[0])
-    else:
-        yield from _split(network(torch.cat(list(images))), [len(image) for image in images])
-
-
-def _split(output: Any, sizes: list[int]) -> list[Any]:
-    if isinstance(output, torch.Tensor):
-        return list(output.split(sizes))
-    return [type(output)(part) for part in zip(*(_split(single, sizes) for single in output), strict=True)]

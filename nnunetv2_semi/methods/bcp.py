@@ -15,41 +15,51 @@ from torch import nn
 
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.data.largest_component import largest_components
-from nnunetv2_semi.data.mixing import paste, same_channels
 from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels, nearest
 from nnunetv2_semi.losses.masked_dice_ce import masked_dice_ce
 from nnunetv2_semi.losses.predictions import Logits, all_scales, probabilities
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Context, Term
+from nnunetv2_semi.methods.mixing import paste, same_channels
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import setting
 from nnunetv2_semi.methods.supervised import pasted_into_each_other
 from nnunetv2_semi.teachers import EMATeacher
 
 
-@dataclass(frozen=True)
 class BCPSettings(BaseSettings):
-    """pretrain_fraction: first share of training, on labelled patches pasted into each other (the paper's 2000 of 17000
-    steps). plain_labelled: nnU-Net's loss on plain labelled patches too, throughout; without it, as in the paper, the
-    network never sees one, and collapsed on small objects. pseudo_weight: alpha, of pseudo-labelled voxels; true labels
-    weigh 1. seg_loss: nnU-Net's Dice and cross-entropy ("nnunet"), or the released code's, half as large and with a
-    Dice of each patch that has background in it ("paper"). box: sides of the pasted box, fraction of the patch's (the
-    paper's 2/3). largest_component: keep only this of each class of a pseudo-label, as in the paper; None: where every
-    labelled training case has one component of each class. ema_decay: of the teacher; None: follows the length of
-    training. deploy: which network is validated and deployed."""
+    """Settings of BCP."""
 
-    pretrain_fraction: float = 0.12
-    plain_labelled: bool = True
-    pseudo_weight: float = 0.5
-    seg_loss: Literal["nnunet", "paper"] = "nnunet"
-    box: float = 0.667
-    largest_component: bool | None = None
-    ema_decay: float | None = None
-    deploy: Literal["teacher", "student"] = "student"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fractions("box", "ema_decay")
-        self.require("pretrain_fraction", 0 <= self.pretrain_fraction < 1, "at least 0 and below 1")
-        self.at_least(0, "pseudo_weight")
+    pretrain_fraction: float = setting(
+        0.12,
+        "first share of training, on labelled patches alone (left atrium: 2000 of 17 000 steps; heart, 2D: "
+        "0.25)",
+        at_least=0, below=1,
+    )
+    plain_labelled: bool = setting(True, "nnU-Net's loss on plain labelled patches too, throughout", paper=False)
+    pseudo_weight: float = setting(
+        0.5,
+        "alpha: of voxels with pseudo-labels, beside 1 of those with true ones",
+        at_least=0,
+    )
+    seg_loss: Literal["nnunet", "paper"] = setting(
+        "nnunet",
+        "nnU-Net's Dice and cross-entropy, or the released code's: half as large, with a Dice of each patch "
+        "that has background in it",
+        paper="paper",
+    )
+    box: float = setting(0.667, "beta: sides of the box, as a share of the patch's", at_least=0, at_most=1)
+    largest_component: bool | None = setting(
+        None,
+        "of each class in a pseudo-label only the largest component stays; `null`: where every labelled "
+        "training case has one component of each class",
+        paper=True,
+    )
+    ema_decay: float | None = setting(None, "of the teacher, as in Mean Teacher", at_least=0, at_most=1, paper=0.99)
+    deploy: Literal["teacher", "student"] = setting(
+        "student",
+        '`"teacher"` or `"student"`; in pretraining always the student',
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -16,28 +15,42 @@ from torch import nn
 
 from nnunetv2_semi.losses.hard_labels import hard_labels, voxel_cross_entropy
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import setting
 
 
-@dataclass(frozen=True)
 class CPSSettings(PerturbationSettings):
-    """cps_weight: lambda, of each loss of a network to the other one's labels. ramp_fraction: share of training over
-    which it ramps up (the paper's is constant: 0; its networks are pretrained, these begin at random). cps_loss:
-    nnU-Net's Dice and cross-entropy at all scales ("dice_ce"), or the paper's cross-entropy ("ce"). labelled_too: on
-    labelled patches as well, as in the paper without CutMix. perturb: CutMix and an intensity view of unlabelled
-    patches, see `PerturbationSettings`; the paper has CutMix as a variant."""
+    """Settings of CPS."""
 
-    cps_weight: float = 1.0
-    ramp_fraction: float = 0.2
-    cps_loss: Literal["dice_ce", "ce"] = "dice_ce"
-    labelled_too: bool = False
-    perturb: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(0, "cps_weight", "ramp_fraction")
+    cps_weight: float = setting(
+        1.0,
+        "lambda: of every loss to the other network's labels; Cityscapes: 6",
+        at_least=0, paper=1.5,
+    )
+    ramp_fraction: float = setting(
+        0.2,
+        "share of training over which it ramps up; `0`: constant",
+        at_least=0, paper=0,
+    )
+    cps_loss: Literal["dice_ce", "ce"] = setting(
+        "dice_ce",
+        "nnU-Net's Dice and cross-entropy at all outputs, or cross-entropy of the full-resolution one",
+        paper="ce",
+    )
+    labelled_too: bool = setting(
+        False,
+        "on labelled patches too; in the paper with CutMix on unlabelled ones alone",
+        paper=True,
+    )
+    perturb: bool = setting(
+        True,
+        "the networks learn from mixed unlabelled patches with other intensities; the paper has CutMix as a "
+        "variant",
+        paper=False,
+    )
 
 
 class CPS(Method):

@@ -6,44 +6,52 @@ Source: Sohn et al., "FixMatch: simplifying semi-supervised learning with consis
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from nnunetv2_semi.data.boxes import Boxes
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.losses.hard_labels import hard_labels, voxel_cross_entropy
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
-from nnunetv2_semi.methods.base import Batch, Method, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Term
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import changed, setting
 
 
-@dataclass(frozen=True)
 class FixMatchSettings(PerturbationSettings):
-    """pseudo_weight: lambda_u. confidence: tau, lowest probability of a pseudo-label that counts. pseudo_loss:
-    nnU-Net's Dice and cross-entropy at all scales ("dice_ce"), or the paper's cross-entropy ("ce"). ramp_fraction:
-    share of training over which the weight ramps up (0: constant). The paper's: 0.95, "ce", 0.
-    Strong view: see `PerturbationSettings`, and cutout (sides of the box that is blanked, fraction of the patch's; 0:
-    none): the paper's, but the network is asked to label what it cannot see.
-    """
+    """Settings of FixMatch."""
 
-    pseudo_weight: float = 1.0
-    confidence: float = 0.8
-    pseudo_loss: Literal["dice_ce", "ce"] = "dice_ce"
-    ramp_fraction: float = 0.2
-    view_gamma: float = 2.0
-    view_scale: float = 0.7
-    view_shift: float = 0.7
-    view_noise: float = 0.3
-    view_noise_probability: float = 0.8
-    cutout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fractions("confidence", "cutout")
-        self.at_least(0, "pseudo_weight", "ramp_fraction")
+    cutmix: float = changed(PerturbationSettings, "cutmix", 0.5, paper=0.0)
+    pseudo_weight: float = setting(1.0, "lambda_u", at_least=0)
+    confidence: float = setting(
+        0.8,
+        "tau: lowest probability of a pseudo-label that counts",
+        at_least=0, at_most=1, paper=0.95,
+    )
+    pseudo_loss: Literal["dice_ce", "ce"] = setting(
+        "dice_ce",
+        "nnU-Net's Dice and cross-entropy at all outputs, or cross-entropy of the full-resolution one, mean "
+        "over all voxels",
+        paper="ce",
+    )
+    ramp_fraction: float = setting(
+        0.2,
+        "share of training over which the weight ramps up; `0`: constant",
+        at_least=0, paper=0,
+    )
+    view_gamma: float = changed(PerturbationSettings, "view_gamma", 2.0)
+    view_scale: float = changed(PerturbationSettings, "view_scale", 0.7)
+    view_shift: float = changed(PerturbationSettings, "view_shift", 0.7)
+    view_noise: float = changed(PerturbationSettings, "view_noise", 0.3)
+    view_noise_probability: float = changed(PerturbationSettings, "view_noise_probability", 0.8)
+    cutout: float = setting(
+        0.0,
+        "sides of the box that is blanked, as a share of the patch's; `0`: none",
+        at_least=0, at_most=1, paper=0.5,
+    )
 
 
 class FixMatch(Method):

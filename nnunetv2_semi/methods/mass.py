@@ -25,8 +25,10 @@ from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
 from nnunetv2_semi.losses.local_ncc import local_ncc_map
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_dice_loss, weighted_soft_cross_entropy
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term, WholeCase, require_modalities, weights_under
+from nnunetv2_semi.methods.base import Method, require_modalities, weights_under
+from nnunetv2_semi.methods.contract import Batch, Context, Term, WholeCase
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predict, Predicting
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.channel_tokens import ChannelTokens
@@ -35,50 +37,73 @@ from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
 from nnunetv2_semi.present_channels import present_channels
 
 
-@dataclass(frozen=True)
 class MASSSettings(BaseSettings):
-    """atlases_per_modality: labelled training cases that become atlases, drawn by the seed (the paper's 5).
-    align_atlases: map them affinely to the first one (SimpleITK, mutual information) when they are taken.
-    correspondence_lr: initial learning rate of the correspondence head (Adam; the paper's is 3e-4, for everything).
-    registration: find correspondences at all; without it nothing is learnt from unlabelled patches.
-    ncc_weight, mse_weight: of 1 - local NCC and of the mean squared difference between a target and its warped
-    same-modality atlas. smoothness_weight: of every displacement. semantic_weight: of 1 - Dice between the labels
-    warped from the same-modality and from the other-modality atlas; semantic_moves: which of the two it moves, the
-    "other"-modality one or, as in the paper, "both". contrast_weight: of the contrast of feature
-    channels, with contrast_temperature, tokens "normalised" along features or as "released"; contrast_stage: decoder
-    stage of the features, 0 the coarsest. pseudo_weight: of the warped labels as pseudo-labels, ramped up over
-    ramp_fraction of training. predict: what the deployed network gives. refine: register warped atlases once more for
-    prediction. skip_finest: finest decoder stages at which no correspondence is sought.
-    mirroring, rotation: off and small, since mirrored anatomy corresponds to nothing.
-    """
+    """Settings of MASS."""
 
-    mirroring: bool = False
-    rotation: float | None = 15.0
-    atlases_per_modality: int = 5
-    align_atlases: bool = False
-    correspondence_lr: float = 1e-3
-    registration: bool = True
-    ncc_weight: float = 1.0
-    mse_weight: float = 1.0
-    smoothness_weight: float = 5.0
-    semantic_weight: float = 1.0
-    semantic_moves: Literal["other", "both"] = "other"
-    contrast_weight: float = 1.0
-    contrast_temperature: float = 0.1
-    contrast_tokens: Literal["normalised", "released"] = "normalised"
-    contrast_stage: int = 1
-    pseudo_weight: float = 0.1
-    ramp_fraction: float = 0.2
-    predict: Predict = "segmentation"
-    refine: bool = False
-    skip_finest: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(0, "ncc_weight", "mse_weight", "smoothness_weight", "semantic_weight", "contrast_weight",
-                      "pseudo_weight", "skip_finest", "contrast_stage")
-        self.at_least(1, "atlases_per_modality")
-        self.positive("correspondence_lr", "contrast_temperature")
+    mirroring: bool = changed(BaseSettings, "mirroring", False)
+    rotation: float | None = changed(BaseSettings, "rotation", 15.0)
+    atlases_per_modality: int = setting(
+        5,
+        "labelled training cases that become atlases, drawn by the seed; fewer where there are fewer",
+        at_least=1,
+    )
+    align_atlases: bool = setting(
+        False,
+        "map all atlases affinely to the first one (SimpleITK, mutual information) when they are taken",
+    )
+    correspondence_lr: float = setting(
+        1e-3,
+        "initial learning rate of the correspondence head (Adam)",
+        above=0, paper=0.0003,
+    )
+    registration: bool = setting(True, "find correspondences at all; without it unlabelled patches teach nothing")
+    ncc_weight: float = setting(
+        1.0,
+        "of 1 - squared local NCC between a target and its warped same-modality atlas",
+        at_least=0, paper=1,
+    )
+    mse_weight: float = setting(1.0, "of the mean squared difference between them", at_least=0, paper=1)
+    smoothness_weight: float = setting(
+        5.0,
+        "of the squared differences of each displacement between neighbours",
+        at_least=0, paper=1,
+    )
+    semantic_weight: float = setting(
+        1.0,
+        "of 1 - Dice between the labels warped from an atlas of either modality; the released code's has no "
+        "gradient",
+        at_least=0, paper=1,
+    )
+    semantic_moves: Literal["other", "both"] = setting(
+        "other",
+        "which displacement that term moves: that of the other-modality atlas alone, or of the same-modality "
+        "one too",
+        paper="both",
+    )
+    contrast_weight: float = setting(1.0, "of the contrast of feature channels", at_least=0, paper=1)
+    contrast_temperature: float = setting(0.1, "of that contrast", above=0)
+    contrast_tokens: Literal["normalised", "released"] = setting(
+        "normalised",
+        "tokens normalised along features, or as in the released code across channels and without a "
+        "temperature",
+        paper="released",
+    )
+    contrast_stage: int = setting(1, "decoder stage whose channels are contrasted, 0 the coarsest", at_least=0)
+    pseudo_weight: float = setting(
+        0.1,
+        "of the warped labels as pseudo-labels of the segmentation head, each voxel weighted by its squared "
+        "local NCC; [why not 1](results/unpaired.md#why)",
+        at_least=0,
+    )
+    ramp_fraction: float = setting(0.2, "share of training over which `pseudo_weight` ramps up", at_least=0)
+    predict: Predict = setting(
+        "segmentation",
+        "what the deployed network gives: the segmentation head, the fused labels of the atlases, or the mean"
+        ' of `"both"`',
+        paper="atlas",
+    )
+    refine: bool = setting(False, "register warped atlases once more in prediction", paper=True)
+    skip_finest: int = setting(1, "finest decoder stages at which no correspondence is sought", at_least=0)
 
 
 @dataclass(frozen=True)

@@ -6,41 +6,51 @@ Source: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.losses.consistency import mean_squared_difference
 from nnunetv2_semi.losses.predictions import probabilities
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Context, Term
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.teachers import EMATeacher
 
 
-@dataclass(frozen=True)
 class MeanTeacherSettings(PerturbationSettings):
-    """perturbation: of the student's patches, "strong" (CutMix and an intensity view, see `PerturbationSettings`; the
-    teacher sees the patches as nnU-Net augmented them) or the literature's "noise" (on both networks' patches).
-    consistency_weight: of the mean squared difference of probabilities. ramp_fraction: share of training over which it
-    ramps up. ema_decay: of the teacher; None: follows the length of training. noise: its standard deviation (z-scored
-    intensities). deploy: which network is validated and deployed. The literature's: "noise", weight 0.1, ramp 1.0."""
+    """Settings of MeanTeacher."""
 
-    perturbation: Literal["strong", "noise"] = "strong"
-    consistency_weight: float = 10.0
-    ramp_fraction: float = 0.2
-    ema_decay: float | None = None
-    noise: float = 0.1
-    deploy: Literal["teacher", "student"] = "teacher"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(0, "consistency_weight", "ramp_fraction", "noise")
-        self.fractions("ema_decay")
+    cutmix: float = changed(PerturbationSettings, "cutmix", 0.5, paper=0.0)
+    perturbation: Literal["strong", "noise"] = setting(
+        "strong",
+        "of the student's patches: `\"strong\"`, mixed and with other intensities; `\"noise\"`, on the patches of"
+        " both networks",
+        paper="noise",
+    )
+    consistency_weight: float = setting(
+        10.0,
+        "of the mean squared difference of probabilities",
+        at_least=0, paper=0.1,
+    )
+    ramp_fraction: float = setting(0.2, "share of training over which it ramps up", at_least=0, paper=1.0)
+    ema_decay: float | None = setting(
+        None,
+        "of the teacher, after a warm-up: min(1 - 1/(n + 1), this) at update n; `null`: 1 - 1/k for an "
+        "average over k steps, a fiftieth of training, 10 to 1000 steps",
+        at_least=0, at_most=1, paper=0.99,
+    )
+    noise: float = setting(
+        0.1,
+        'of `"noise"`: standard deviation, normalised intensities; clamped to twice this',
+        at_least=0,
+    )
+    deploy: Literal["teacher", "student"] = setting("teacher", '`"teacher"` or `"student"`')
 
 
 class MeanTeacher(Method):

@@ -10,7 +10,6 @@ nnFilterMatch (arXiv 2509.19746).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -18,45 +17,56 @@ from torch import nn
 
 from nnunetv2_semi.data.flips import Flips
 from nnunetv2_semi.data.largest_component import largest_components
-from nnunetv2_semi.data.mixing import boxes_to_paste, paste
 from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels
 from nnunetv2_semi.losses.predictions import all_scales, probabilities
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Context, Term
+from nnunetv2_semi.methods.mixing import boxes_to_paste, paste
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, intensity_view
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.methods.supervised import SupervisedSettings, pasted_into_each_other
 from nnunetv2_semi.teachers import EMATeacher
 
 
-@dataclass(frozen=True)
 class MixSettings(PerturbationSettings, SupervisedSettings):
-    """labelled_mixing, labelled_box: see `SupervisedSettings`. cutmix, view_...: see `PerturbationSettings`.
-    pseudo_weight: of nnU-Net's loss on pseudo-labels. start: share of training on labels alone. ramp_fraction: share of
-    training at which the weight is full. voxels: which pseudo-labels count: "confident" (at least ``confidence``),
-    "class" (each class has a threshold of its own, its mean confidence in the batch, at most ``confidence``),
-    "weighted" (each by its confidence), "all". partner: whose box is pasted into an unlabelled patch: another
-    "unlabelled" patch's, a "labelled" one's with its true labels, or "both", for half of the patches each.
-    spatial_view: "flips" mirrors the student's patch and its labels anew, as far as mirroring is allowed.
-    largest_component: of each class of a pseudo-label; None: where every labelled training case has one component of
-    each. ema_decay: of the teacher; None: follows the length of training. deploy: which network is deployed.
-    """
+    """Settings of Mix."""
 
-    labelled_mixing: float = 1.0
-    pseudo_weight: float = 1.0
-    start: float = 0.05
-    ramp_fraction: float = 0.2
-    voxels: Literal["confident", "class", "weighted", "all"] = "confident"
-    confidence: float = 0.8
-    partner: Literal["unlabelled", "labelled", "both"] = "unlabelled"
-    spatial_view: Literal["none", "flips"] = "none"
-    largest_component: bool | None = False
-    ema_decay: float | None = None
-    deploy: Literal["teacher", "student"] = "teacher"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(0, "pseudo_weight", "ramp_fraction")
-        self.fractions("confidence", "start", "ema_decay")
+    labelled_mixing: float = changed(SupervisedSettings, "labelled_mixing", 1.0)
+    pseudo_weight: float = setting(1.0, "of nnU-Net's loss on pseudo-labels", at_least=0)
+    start: float = setting(0.05, "share of training on labels alone", at_least=0, at_most=1)
+    ramp_fraction: float = setting(0.2, "share of training at which that weight is full", at_least=0)
+    voxels: Literal["confident", "class", "weighted", "all"] = setting(
+        "confident",
+        'which pseudo-labels count: `"confident"`, at least `confidence`; `"class"`, a threshold for each '
+        'class; `"weighted"`, each by its confidence; `"all"`',
+    )
+    confidence: float = setting(
+        0.8,
+        'lowest probability of a pseudo-label that counts; of `"class"` the highest threshold',
+        at_least=0, at_most=1,
+    )
+    partner: Literal["unlabelled", "labelled", "both"] = setting(
+        "unlabelled",
+        "whose box that is: another `\"unlabelled\"` patch's, a `\"labelled\"` one's with its true labels, or "
+        '`"both"`, for half of the patches each',
+    )
+    spatial_view: Literal["none", "flips"] = setting(
+        "none",
+        "`\"flips\"`: mirror the student's patch and its labels anew, along the axes that `mirroring` allows",
+    )
+    largest_component: bool | None = setting(
+        False,
+        "keep only this of each class of a pseudo-label; `null`: where every labelled training case has one "
+        "component of each",
+    )
+    ema_decay: float | None = setting(
+        None,
+        "of the teacher, after a warm-up: min(1 - 1/(n + 1), this) at update n; `null`: 1 - 1/k for an "
+        "average over k steps, a fiftieth of training, 10 to 1000 steps",
+        at_least=0, at_most=1,
+    )
+    deploy: Literal["teacher", "student"] = setting("teacher", '`"teacher"` or `"student"`')
 
 
 class Mix(Method):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from nnunetv2_semi.distributed import sum_over_processes
 from nnunetv2_semi.losses.predictions import Logits, confusion_counts, dice_from_counts, probabilities
-from nnunetv2_semi.methods.base import Target
+from nnunetv2_semi.methods.contract import Target
 from nnunetv2_semi.methods.rows import Rows
 
 _MEMORY = 0.99  # of the counts, per step
@@ -37,7 +38,7 @@ class ModalityScores(nn.Module):
         predicted = probabilities(output, self.regions)
         self._step[name] = confusion_counts(predicted, finest, self.regions, self.ignore_label) * (not rows.empty)
 
-    def after_step(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def after_step(self) -> None:
         """Add this step's counts, of all processes."""
         counts = sum_over_processes(torch.stack([self._step[name] for name in self.names]))
         if self.counts.shape[-1] == 0:

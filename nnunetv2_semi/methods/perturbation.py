@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import IntensityViews
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import setting
 
 
-@dataclass(frozen=True)
 class PerturbationSettings(BaseSettings):
-    """cutmix: sides of the box that comes from the next unlabelled patch, fraction of the patch's (0: none).
-    Intensity view: view_gamma, view_scale, view_shift, view_noise, view_noise_probability, see `IntensityViews.draw`.
-    """
+    """How the student's unlabelled patches are changed."""
 
-    cutmix: float = 0.5
-    view_gamma: float = 1.5
-    view_scale: float = 0.5
-    view_shift: float = 0.5
-    view_noise: float = 0.2
-    view_noise_probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fractions("cutmix", "view_noise_probability")
-        self.at_least(0, "view_gamma", "view_scale", "view_shift", "view_noise")
+    cutmix: float = setting(
+        0.5,
+        "sides of the box that shows the next unlabelled patch, as a share of the patch's; `0`: none",
+        at_least=0, at_most=1,
+    )
+    view_gamma: float = setting(
+        1.5,
+        "other intensities: a gamma curve between a patch's lowest and highest intensity, exponent 1 / (1 + "
+        "this) to 1 + this",
+        at_least=0,
+    )
+    view_scale: float = setting(0.5, "then intensities are multiplied by 1 ± this", at_least=0)
+    view_shift: float = setting(0.5, "and shifted by up to this many standard deviations of the channel", at_least=0)
+    view_noise: float = setting(0.2, "largest standard deviation of the noise", at_least=0)
+    view_noise_probability: float = setting(0.5, "of adding noise", at_least=0, at_most=1)
 
 
 def intensity_view(image: torch.Tensor, settings: PerturbationSettings) -> torch.Tensor:

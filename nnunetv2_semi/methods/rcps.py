@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import IntensityViews
+from nnunetv2_semi.distributed import rows_of_all_processes
 from nnunetv2_semi.losses.predictions import Logits, all_scales, class_codes, full_resolution, probabilities
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     PseudoTarget,
@@ -25,61 +25,74 @@ from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     two_class_logits,
 )
 from nnunetv2_semi.losses.voxel_contrast import Voxels, unit_rows, voxel_contrast
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Context, Term
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import setting
 from nnunetv2_semi.networks.decoder_features import ProjectedFeatures
 from nnunetv2_semi.networks.memory_bank import VoxelBank
 
 _VIEWS = 2
 
 
-@dataclass(frozen=True)
 class RCPSSettings(BaseSettings):
-    """Rectified pseudo supervision: pseudo_weight (alpha; the paper's 0.1 for the left atrium, 0.2 elsewhere, beside
-    half of nnU-Net's loss), rectify (weigh by e^-D and minimise D), sharpening (temperature of the pseudo-label),
-    consistency (cosine of the views), cutmix (sides of the box of the next unlabelled patch in the views, fraction of
-    the patch's; the paper has none: 0).
-    Contrast: contrast (have it at all), contrast_weight (beta), contrast_temperature, num_negatives, bidirectional,
-    negatives ("confident", or "random" ones of another class), max_anchors (voxels a stream that are anchors, drawn
-    anew each step; None: all), negatives_from_all_processes (with several GPUs), buffer_steps (earlier steps whose
-    negatives are kept), projection_channels, projection_resolution (patch voxels per feature voxel along an axis).
-    Views: view_gamma (the paper's: 0), view_scale, view_shift, view_noise, view_noise_probability (see
-    `IntensityViews.draw`), view_shift_by ("std", or the paper's "mean", which does nothing to z-scored images).
-    ramp_fraction: share of training over which both weights ramp up (the paper's: 1).
-    """
+    """Settings of RCPS."""
 
-    pseudo_weight: float = 0.5
-    rectify: bool = True
-    sharpening: float = 0.5
-    consistency: bool = True
-    cutmix: float = 0.5
-    contrast: bool = True
-    contrast_weight: float = 0.1
-    contrast_temperature: float = 0.1
-    num_negatives: int = 400
-    bidirectional: bool = True
-    negatives: Literal["confident", "random"] = "confident"
-    max_anchors: int | None = None
-    negatives_from_all_processes: bool = False
-    buffer_steps: int = 0
-    projection_channels: int = 64
-    projection_resolution: int = 4
-    view_gamma: float = 1.0
-    view_scale: float = 0.5
-    view_shift: float = 0.5
-    view_shift_by: Literal["std", "mean"] = "std"
-    view_noise: float = 0.1
-    view_noise_probability: float = 0.5
-    ramp_fraction: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fractions("cutmix", "view_noise_probability")
-        self.positive("sharpening", "contrast_temperature")
-        self.at_least(1, "num_negatives", "projection_channels", "projection_resolution")
-        self.at_least(0, "pseudo_weight", "contrast_weight", "buffer_steps", "view_gamma", "view_scale", "view_shift",
-                      "view_noise", "ramp_fraction")
-        self.require("max_anchors", self.max_anchors is None or self.max_anchors >= 1, "at least 1, or null")
+    pseudo_weight: float = setting(
+        0.5,
+        "alpha: of the rectified pseudo supervision; paper: 0.1 for the left atrium, 0.2 for pancreas and "
+        "brain injury, beside half of nnU-Net's loss",
+        at_least=0, paper=0.1,
+    )
+    rectify: bool = setting(True, "weigh a voxel's pseudo-label by e^-D, and minimise D")
+    sharpening: float = setting(0.5, "temperature of the pseudo-label", above=0)
+    consistency: bool = setting(True, "cosine between the logits of the two views")
+    cutmix: float = setting(
+        0.5,
+        "views of unlabelled patches: sides of the box that shows the next one, as a share of the patch's; "
+        "`0`: none",
+        at_least=0, at_most=1, paper=0,
+    )
+    contrast: bool = setting(True, "voxel contrast at all; `false` leaves the projection head out too")
+    contrast_weight: float = setting(0.1, "beta", at_least=0)
+    contrast_temperature: float = setting(0.1, "similarities are divided by it", above=0)
+    num_negatives: int = setting(400, "negatives of an anchor; 100 loses little", at_least=1)
+    bidirectional: bool = setting(True, "both views are anchors")
+    negatives: Literal["confident", "random"] = setting("confident", 'or `"random"` voxels of another class')
+    max_anchors: int | None = setting(
+        None,
+        "at most so many anchors a stream, drawn anew each step; `null`: all voxels",
+        at_least=1,
+    )
+    negatives_from_all_processes: bool = setting(False, "with several GPUs: negatives of all of them")
+    buffer_steps: int = setting(
+        0,
+        "earlier steps whose negatives stay among the candidates, without gradient",
+        at_least=0,
+    )
+    projection_channels: int = setting(64, "of the projected features", at_least=1)
+    projection_resolution: int = setting(
+        4,
+        "the decoder stage for the features: the coarsest with at most so many patch voxels per voxel on "
+        "every axis",
+        at_least=1,
+    )
+    view_gamma: float = setting(
+        1.0,
+        "a gamma curve between a patch's lowest and highest intensity, exponent 1 / (1 + this) to 1 + this",
+        at_least=0, paper=0,
+    )
+    view_scale: float = setting(0.5, "intensities are multiplied by 1 ± this", at_least=0)
+    view_shift: float = setting(0.5, "and shifted by up to this many units, see next line", at_least=0)
+    view_shift_by: Literal["std", "mean"] = setting(
+        "std",
+        "unit of the shift: the channel's standard deviation; its mean is 0 in z-scored images",
+        paper="mean",
+    )
+    view_noise: float = setting(0.1, "largest standard deviation of the noise", at_least=0)
+    view_noise_probability: float = setting(0.5, "of adding noise to a view", at_least=0, at_most=1)
+    ramp_fraction: float = setting(0.2, "share of training over which both weights ramp up", at_least=0, paper=1.0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,7 @@ class RCPS(Method):
         for stream, versions in enumerate((labelled, unlabelled)):
             negatives = voxels[1 - stream]
             if settings.negatives_from_all_processes:
-                gathered = self.context.rows_of_all_processes
+                gathered = rows_of_all_processes
                 negatives = Voxels(gathered(negatives.features), gathered(negatives.classes),
                                    gathered(negatives.confidence))
             bank = self.banks[1 - stream]

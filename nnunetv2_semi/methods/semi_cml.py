@@ -7,7 +7,6 @@ image segmentation", Medical Image Analysis 83, 2023, 102656.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar, Literal
 
@@ -20,63 +19,79 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast, slices_as_areas
 from nnunetv2_semi.losses.predictions import Logits, foreground, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
-from nnunetv2_semi.methods.base import Batch, Context, Method, Term, require_modalities, weights_under
+from nnunetv2_semi.methods.base import Method, require_modalities, weights_under
+from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.modality_scores import ModalityScores
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import setting
 from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality
 from nnunetv2_semi.teachers import BestModelAverage, EMATeacher, Teacher
 
 
-@dataclass(frozen=True)
 class SemiCMLSettings(BaseSettings):
-    """Stage 1: asc (use the area-similarity contrast at all, in both stages), asc_weight (the paper's 3.5 stands beside
-    a supervised loss of 10 BCE + 7 Dice; beside nnU-Net's CE + Dice the same share would be 0.5, at which networks were
-    seen to invent foreground that tells areas apart), asc_ramp_fraction (share of training over which that weight
-    ramps up; the paper's is constant), temperature, areas
-    ("slice": 2D slices along the coarsest axis, at most max_slices a patch; "volume": whole patches), empty_areas
-    (those in which neither prediction has a foreground voxel take part too, as in the paper), consistency_weight (of
-    the mean squared difference, sigmoid ramp-up over ramp_fraction of training, the paper's 1).
-    Stage 2: prel (have it at all), prel_weight (of all its terms; the paper's are weighted 1 beside 10 BCE + 7 Dice),
-    prel_start (fraction of training), prel_passes and prel_noise (the teacher's noisy
-    passes), alpha_weaker, alpha_better (share of the contrast), self_relearning (last fraction of stage 2 in which the
-    better modality learns from itself too), better_modality (None: chosen by the Dice on labelled training patches),
-    soft_label (the paper's "better": of the better modality's teacher; "mean": of all teachers, and all modalities
-    learn from it throughout stage 2),
-    teacher ("ema" with ema_decay, None: follows the length of training; or the paper's "best_model_average"),
-    drop_supervised_in_prel (the paper's code).
-    deploy: the students or the averaged teachers.
-    """
+    """Settings of SemiCML."""
 
-    asc: bool = True
-    asc_weight: float = 0.1
-    asc_ramp_fraction: float = 0.0
-    temperature: float = 1.0
-    areas: Literal["slice", "volume"] = "slice"
-    max_slices: int = 16
-    empty_areas: bool = False
-    consistency_weight: float = 1.0
-    ramp_fraction: float = 0.2
-    prel: bool = True
-    prel_weight: float = 0.1
-    prel_start: float = 0.63
-    prel_passes: int = 4
-    prel_noise: float = 0.1
-    alpha_weaker: float = 0.01
-    alpha_better: float = 0.2
-    self_relearning: float = 0.2
-    better_modality: str | None = None
-    soft_label: Literal["better", "mean"] = "better"
-    teacher: Literal["ema", "best_model_average"] = "ema"
-    ema_decay: float | None = None
-    drop_supervised_in_prel: bool = False
-    deploy: Literal["student", "teacher"] = "student"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.fractions("prel_start", "alpha_weaker", "alpha_better", "self_relearning", "ema_decay")
-        self.at_least(1, "max_slices", "prel_passes")
-        self.positive("temperature")
+    asc: bool = setting(True, "area-similarity contrast at all, in both stages")
+    asc_weight: float = setting(
+        0.1,
+        "its weight in stage 1; paper: 3.5, beside a larger supervised loss",
+        at_least=0, paper=3.5,
+    )
+    asc_ramp_fraction: float = setting(0.0, "share of training over which that weight ramps up", at_least=0)
+    temperature: float = setting(1.0, "similarities are divided by it", above=0)
+    areas: Literal["slice", "volume"] = setting(
+        "slice",
+        '`"slice"`: in 3D, slices along the coarsest axis; `"volume"`: whole patches',
+    )
+    max_slices: int = setting(16, "at most so many slices a patch", at_least=1)
+    empty_areas: bool = setting(
+        False,
+        "areas without a predicted foreground voxel take part in the contrast",
+        paper=True,
+    )
+    consistency_weight: float = setting(1.0, "of the mean squared difference in stage 1", at_least=0)
+    ramp_fraction: float = setting(0.2, "share of training over which that weight ramps up", at_least=0, paper=1.0)
+    prel: bool = setting(True, "stage 2 at all")
+    prel_weight: float = setting(
+        0.1,
+        "of all terms of stage 2; paper: 1, beside a larger supervised loss that its code drops",
+        at_least=0, paper=1,
+    )
+    prel_start: float = setting(0.63, "share of training after which stage 2 begins", at_least=0, at_most=1)
+    prel_passes: int = setting(4, "noisy passes whose mean is the soft label", at_least=1)
+    prel_noise: float = setting(
+        0.1,
+        "standard deviation of that noise, before it is clamped to [0, 2 × this]",
+        at_least=0,
+    )
+    alpha_weaker: float = setting(0.01, "share of the contrast in stage 2, weaker modalities", at_least=0, at_most=1)
+    alpha_better: float = setting(0.2, "the same, better modality", at_least=0, at_most=1)
+    self_relearning: float = setting(
+        0.2,
+        "last share of stage 2 in which the better modality learns from itself too",
+        at_least=0, at_most=1,
+    )
+    better_modality: str | None = setting(
+        None,
+        "which modality teaches; `null`: the higher Dice on labelled training patches",
+    )
+    soft_label: Literal["better", "mean"] = setting(
+        "better",
+        "`\"better\"`: of the better modality's teacher; `\"mean\"`: of all teachers, and all modalities learn "
+        "from it throughout stage 2",
+    )
+    teacher: Literal["ema", "best_model_average"] = setting(
+        "ema",
+        'paper: `"best_model_average"`',
+        paper="best_model_average",
+    )
+    ema_decay: float | None = setting(None, 'of the `"ema"` teacher, as in Mean Teacher', at_least=0, at_most=1)
+    drop_supervised_in_prel: bool = setting(False, "paper's code: `true`, no labelled loss in stage 2", paper=True)
+    deploy: Literal["student", "teacher"] = setting(
+        "student",
+        '`"student"` or `"teacher"`: which networks are validated, saved and predicted with',
+    )
 
 
 class SemiCML(Method):
@@ -133,14 +148,15 @@ class SemiCML(Method):
         relearning = self.settings.prel and self.progress >= self.settings.prel_start
         keep_supervised = not (relearning and self.settings.drop_supervised_in_prel)
         labelled, unlabelled = self._labelled_rows(batch), self._unlabelled_rows(batch, relearning)
-        outputs = {name: self.passes(self.student.branch(name), self.student.select(rows.of(batch.labelled), name),
-                                     *self._joined_with_labelled(batch, name, unlabelled))
-                   for name, rows in labelled.items()}
+        outputs = {}
+        for name, rows in labelled.items():
+            images = [rows.of(batch.labelled), *([unlabelled[name].of(batch.unlabelled)] if name in unlabelled else [])]
+            own = [self.student.select(image, name) for image in images]
+            outputs[name] = self.passes(self.student.branch(name), *own, together=not relearning, alone=1)
         for name, rows in labelled.items():
             output, target = next(outputs[name]), rows.of(batch.target)
             self.scores.count(name, output, target, rows)
-            weight = float(keep_supervised)
-            yield [self.supervised(output, target, f"supervised_{name}", weight, not rows.empty)] \
+            yield [self.supervised(output, target, f"supervised_{name}", applies=not rows.empty)] \
                 if keep_supervised else []
         if relearning:
             yield from self._relearning(batch, unlabelled, outputs)
@@ -167,24 +183,9 @@ class SemiCML(Method):
         taught = present[:, [self.names.index(name) for name in self._teaching()]].any(1)
         return {name: Rows.where(present[:, self.names.index(name)] & taught) for name in self._learners()}
 
-    def _joined_with_labelled(self, batch: Batch, name: str, unlabelled: dict[str, Rows]) -> list[torch.Tensor]:
-        """Unlabelled patches that go through the branch with the labelled ones in the one-pass arrangement."""
-        if not self.context.one_pass or name not in unlabelled:
-            return []
-        return [self.student.select(unlabelled[name].of(batch.unlabelled), name)]
-
-    def _unlabelled_output(self, batch: Batch, name: str, rows: Rows, outputs: dict[str, Iterator],
-                           together: bool) -> torch.Tensor:
-        """Full-resolution logits of a branch on the unlabelled patches; together with those of the other branches?"""
-        if self.context.one_pass:
-            return full_resolution(next(outputs[name]))
-        image = self.student.select(rows.of(batch.unlabelled), name)
-        return full_resolution(next(self.passes(self.student.branch(name), image, together=together)))
-
     def _mutual_learning(self, batch: Batch, unlabelled: dict[str, Rows], outputs: dict[str, Iterator]) -> list[Term]:
         """Stage 1: asc_weight L_ASC(p_1, p_2) + w(t) mean (p_1 - p_2)^2, the mean over pairs of modalities."""
-        predicted = [probabilities(self._unlabelled_output(batch, name, rows, outputs, together=True),
-                                   self.context.regions) for name, rows in unlabelled.items()]
+        predicted = [probabilities(next(outputs[name]), self.context.regions) for name in unlabelled]
         applies = not unlabelled[self.names[0]].empty
         pairs = self._pairs(predicted, batch.unlabelled_present, unlabelled[self.names[0]])
         if applies:
@@ -215,7 +216,7 @@ class SemiCML(Method):
         better = self.better_modality()
         soft_labels = self._soft_labels(batch)
         for name, rows in unlabelled.items():
-            logits = self._unlabelled_output(batch, name, rows, outputs, together=False)
+            logits = full_resolution(next(outputs[name]))
             predicted, soft_label = probabilities(logits, self.context.regions), rows.of(soft_labels)
             applies = not rows.empty
             if applies:
@@ -291,7 +292,7 @@ class SemiCML(Method):
         return self.settings.better_modality or self.scores.best
 
     def after_step(self) -> None:
-        self.scores.after_step(self.context.sum_over_processes)
+        self.scores.after_step()
         for name, dice in zip(self.names, self.scores.dice(), strict=True):
             self.metrics[f"training_dice_{name}"] = dice
         for teacher in self.teachers:

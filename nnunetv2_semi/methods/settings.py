@@ -1,101 +1,142 @@
-"""Settings of a method: frozen dataclasses, overridden by the ``"semi"`` object of a plans file's configuration."""
+"""Settings of a method: declared once each, overridden by the ``"semi"`` object of a plans file's configuration."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import types
 import typing
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.schedules import decay_for_length
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What every method has.
+def setting(default: object, meaning: str, *, at_least: float | None = None, above: float | None = None,
+            at_most: float | None = None, below: float | None = None, paper: object = ...) -> Any:
+    """Declare a field of a settings class.
 
-    num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch, save_every (epochs), initial_lr, momentum,
-    deep_supervision: as in nnU-Net, with its values. A momentum of 0.99 averages 100 steps: for trainings of some
-    hundred steps 0.9, with a larger initial_lr, suits better.
-    seed: of network initialisation, sampling, augmentation and noise.
-    unlabelled_batch_size: patches per step; None takes the plan's batch size.
-    unlabelled_foreground: share of unlabelled patches that are centred on what the network takes for foreground, as
-        nnU-Net centres a third of the labelled ones; it looks after a tenth, three and six tenths of training.
-    unlabelled_weight: multiplies every unlabelled term (0 leaves the supervised loss alone).
-    arrangement: "sequential" runs a step's passes one after another and accumulates gradients, "one_pass" joins them
-        (faster, more memory), "auto" joins as many as the plan has room for (planned_graphs).
-    planned_graphs: forward passes that the plan has memory for at once; written by the planners, 1 for stock plans.
-    gradient_checkpointing: recompute what is within a stage of a network for its gradient (less memory, slower).
-    final_validation: after training, nnU-Net's prediction of the fold's validation cases; `--val` makes up for it.
-    snapshots: checkpoints kept on the way, at equal distances: checkpoint_snapshot_1.pth and so on.
-    pictures: epochs of which pictures.png shows a validation patch, spread evenly over training; 0: no picture.
-    mirroring: as augmentation, and for the mean over mirrored images in prediction. rotation: degrees, the largest
-        angle of augmentation; None: nnU-Net's choice.
-    drop_modality: probability with which a training patch that has several modalities loses one of them.
-    skip_unreadable: leave unreadable unlabelled cases out with a warning instead of stopping.
-    max_skipped_steps: so many steps in a row with a non-finite loss stop training.
-    modalities: modality name -> channels; None takes dataset.json's. regions: filled in by the trainer.
+    Args:
+        default: Its value where a plans file has none.
+        meaning: One line for tables and documentation, Markdown.
+        at_least, above, at_most, below: Its range; None is in the range where the annotation allows it.
+        paper: The value of the paper or of its released code, where it is another one.
     """
+    bounds: dict[str, Any] = {"ge": at_least, "gt": above, "le": at_most, "lt": below}
+    extra: dict[str, Any] = {} if paper is ... else {"json_schema_extra": {"paper": paper}}
+    return Field(default, description=meaning, **{k: v for k, v in bounds.items() if v is not None}, **extra)
 
-    num_epochs: int = 1000
-    num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 50
-    save_every: int = 50
-    initial_lr: float = 1e-2
-    momentum: float = 0.99
-    deep_supervision: bool = True
-    seed: int = 0
-    unlabelled_batch_size: int | None = None
-    unlabelled_foreground: float = 0.0
-    unlabelled_weight: float = 1.0
-    arrangement: Literal["auto", "sequential", "one_pass"] = "auto"
-    planned_graphs: int = 1
-    gradient_checkpointing: bool = False
-    final_validation: bool = True
-    snapshots: int = 0
-    pictures: int = 3
-    mirroring: bool = True
-    rotation: float | None = None
-    drop_modality: float = 0.0
-    skip_unreadable: bool = False
-    max_skipped_steps: int = 50
-    modalities: dict[str, list[int]] | None = field(default=None)
-    regions: bool | None = None
 
-    def __post_init__(self) -> None:
-        self.at_least(1, "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every",
-                      "planned_graphs", "max_skipped_steps", "unlabelled_batch_size")
-        self.at_least(0, "unlabelled_weight", "seed", "pictures", "snapshots", "rotation")
-        self.fractions("drop_modality", "unlabelled_foreground")
-        self.require("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
-        self.positive("initial_lr")
+def changed(parent: type[BaseModel], name: str, default: object, *, paper: object = ...) -> Any:
+    """Declare field ``name`` of the class ``parent`` again, with another default (and paper's value)."""
+    extra = {} if paper is ... else {"json_schema_extra": {"paper": paper}}
+    return FieldInfo.merge_field_infos(parent.model_fields[name], default=default, **extra)
 
-    def require(self, name: str, holds: bool, expected: str) -> None:
-        """Raise UserError saying that setting ``name`` must be ``expected``, unless ``holds``."""
-        if not holds:
-            raise UserError(f'Plans file, "semi": {name} must be {expected}, got {getattr(self, name)!r}.')
 
-    def at_least(self, lowest: int, *names: str) -> None:
-        """Raise UserError unless each of the settings ``names`` is ``lowest`` or more, or None."""
-        for name in names:
-            self.require(name, getattr(self, name) is None or getattr(self, name) >= lowest, f"at least {lowest}")
+class Settings(BaseModel):
+    """What every method has."""
 
-    def positive(self, *names: str) -> None:
-        """Raise UserError unless each of the settings ``names`` is greater than 0."""
-        for name in names:
-            self.require(name, getattr(self, name) > 0, "greater than 0")
-
-    def fractions(self, *names: str) -> None:
-        """Raise UserError unless each of the settings ``names`` is between 0 and 1, or None."""
-        for name in names:
-            self.require(name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "between 0 and 1")
+    num_epochs: int = setting(1000, "as in nnU-Net", at_least=1)
+    num_iterations_per_epoch: int = setting(250, "as in nnU-Net", at_least=1)
+    num_val_iterations_per_epoch: int = setting(50, "as in nnU-Net", at_least=1)
+    save_every: int = setting(50, "epochs between two `checkpoint_latest.pth`", at_least=1)
+    initial_lr: float = setting(1e-2, "as in nnU-Net", above=0)
+    momentum: float = setting(
+        0.99,
+        "as in nnU-Net; for trainings of some hundred steps 0.9, with a larger `initial_lr`, suits better",
+        at_least=0, below=1,
+    )
+    deep_supervision: bool = setting(
+        True,
+        "as in nnU-Net; Mix, FixMatch, CPS, BCP and RCPS have their unlabelled terms on all outputs, the "
+        "others on the finest one",
+    )
+    seed: int = setting(0, "of initial weights, patches, augmentation, noise", at_least=0)
+    unlabelled_batch_size: int | None = setting(
+        None,
+        "unlabelled patches a step, over all GPUs; `null`: as many as labelled ones",
+        at_least=1,
+    )
+    unlabelled_foreground: float = setting(
+        0.0,
+        "share of unlabelled patches that are centred on what the network takes for foreground, as nnU-Net "
+        "centres a third of the labelled ones; the network looks through some of the unlabelled cases after a"
+        " tenth, three and six tenths of training",
+        at_least=0, at_most=1,
+    )
+    unlabelled_weight: float = setting(
+        1.0,
+        "multiplies every unlabelled term; `0` leaves the supervised loss alone",
+        at_least=0,
+    )
+    arrangement: Literal["auto", "sequential", "one_pass"] = setting(
+        "auto",
+        '`"sequential"`: passes of a step one after another, gradients accumulated (little memory); '
+        '`"one_pass"`: joined (faster); `"auto"`: joined as far as the plan has room',
+    )
+    planned_graphs: int = setting(
+        1,
+        "forward passes that the plan has memory for at once; written by the planner: 1 unless planned with "
+        "`plan_joined_passes` or by the CPU preset",
+        at_least=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "recompute what is within a stage of a network for its gradient: less memory in every arrangement, "
+        "about a third more time",
+    )
+    final_validation: bool = setting(
+        True,
+        "after training, predict the fold's validation cases as nnU-Net does; with `false`, `nnUNetv2_train "
+        "... --val` does it later",
+    )
+    snapshots: int = setting(
+        0,
+        "checkpoints kept on the way, at equal distances: `checkpoint_snapshot_1.pth` and so on, for "
+        "`nnUNetv2_predict -chk`",
+        at_least=0,
+    )
+    pictures: int = setting(
+        3,
+        "epochs of which `pictures.png` shows a validation patch, spread over training; `0`: none",
+        at_least=0,
+    )
+    mirroring: bool = setting(
+        True,
+        "mirror patches in training, and average over mirrored images in prediction, as nnU-Net does; MASS: "
+        "`false`",
+    )
+    rotation: float | None = setting(
+        None,
+        "largest angle of augmentation, degrees; `null`: nnU-Net's choice; MASS: `15`",
+        at_least=0,
+    )
+    drop_modality: float = setting(
+        0.0,
+        "probability with which a training patch that has several modalities loses one of them",
+        at_least=0, at_most=1,
+    )
+    skip_unreadable: bool = setting(False, "leave out unreadable unlabelled cases with a warning")
+    max_skipped_steps: int = setting(50, "so many steps in a row that are not finite stop the training", at_least=1)
+    modalities: dict[str, list[int]] | None = setting(
+        None,
+        "modality to channels, as in `dataset.json`, which is the place for it; `null` takes that one",
+    )
+    regions: bool | None = setting(None, "region-based labels; written by the trainer, whatever you set")
 
     def teacher_decay(self, ema_decay: float | None) -> float:
         """``ema_decay``; of None the decay that suits the length of the training, see `decay_for_length`."""
         return decay_for_length(self.num_epochs * self.num_iterations_per_epoch) if ema_decay is None else ema_decay
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: object) -> None:
+        """Raises UserError for an unknown name, a value of the wrong type, or one out of its range."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UserError(f'Plans file, "semi": {_what_is_wrong(type(self), error)}') from None
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -110,8 +151,7 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
     """
     if not isinstance(semi, dict):
         raise UserError('Plans file: "semi" of a configuration must be an object such as {"num_epochs": 200}.')
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = list(cls.model_fields)
     own = semi.get(section, {})
     if not isinstance(own, dict):
         raise UserError(f'Plans file, "semi": {section!r} must be an object with settings of {section}.')
@@ -122,34 +162,49 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f'Plans file, "semi": unknown setting {key!r} for {section}.{hint} '
                             f"Allowed: {', '.join(sorted(names))}.")
-    checked: dict = {key: _checked(value, hints[key], key) for key, value in {**shared, **own}.items()}
-    return cls(**checked)
+    return cls(**{**shared, **own})
 
 
 def settings_for_plan(settings: Settings, section: str) -> dict:
     """The ``"semi"`` object that gives exactly ``settings``: common ones at the top, the method's in its section."""
-    common = {f.name for f in dataclasses.fields(Settings)}
-    values = dataclasses.asdict(settings)
-    own = {key: value for key, value in values.items() if key not in common}
-    return {**{key: value for key, value in values.items() if key in common}, **({section: own} if own else {})}
+    values = settings.model_dump()
+    own = {key: value for key, value in values.items() if key not in Settings.model_fields}
+    return {**{key: value for key, value in values.items() if key not in own}, **({section: own} if own else {})}
+
+
+def paper_value(field: FieldInfo) -> object:
+    """What the paper has where it differs from the default; ``...`` where it does not."""
+    extra = field.json_schema_extra
+    return extra.get("paper", ...) if isinstance(extra, dict) else ...
+
+
+def value_range(field: FieldInfo) -> str:
+    """The range of a field in words; empty where it has none."""
+    bounds = {name: bound for constraint in field.metadata for name in ("ge", "gt", "le", "lt")
+              if (bound := getattr(constraint, name, None)) is not None}
+    if bounds == {"ge": 0, "le": 1}:
+        return "between 0 and 1"
+    words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "below"}
+    return " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
+
+
+def type_name(cls: type[BaseModel], name: str) -> str:
+    """The type of a field as it is annotated, without modules."""
+    hint = typing.get_type_hints(cls)[name]
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _what_is_wrong(cls: type[BaseModel], error: ValidationError) -> str:
+    """Of the first mistake: the setting, what it must be, and what it is."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {key!r}."
+    out_of_range = first["type"].startswith(("greater_than", "less_than"))
+    expected = value_range(cls.model_fields[key]) if out_of_range else type_name(cls, key)
+    value = first["input"]
+    return f"{key} must be {expected}, got {value!r}."
 
 
 def _is_other_method(key: str, value: object, names: list[str]) -> bool:
     return isinstance(value, dict) and key not in names and key[:1].isupper()
-
-
-def _checked(value: object, hint: object, key: str) -> object:
-    """``value`` as the annotated type (an int where a float is asked becomes one), or UserError."""
-    for option in typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,):
-        origin, arguments = typing.get_origin(option), typing.get_args(option)
-        if origin is Literal and value in arguments:
-            return value
-        if option is float and type(value) in (int, float):
-            return float(typing.cast(float, value))
-        if origin in (dict, list, tuple) and isinstance(value, (list, tuple) if origin is tuple else origin):
-            return tuple(value) if origin is tuple else value
-        if origin is None and option is not float and type(value) is option:
-            return value
-    expected = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-    raise UserError(f'Plans file, "semi": {key} must be {expected or str(hint).replace("typing.", "")}, '
-                    f"got {value!r}.")

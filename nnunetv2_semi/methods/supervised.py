@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from nnunetv2_semi.data.mixing import CutMix
-from nnunetv2_semi.methods.base import Batch, Method, Target, Term
+from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.contract import Batch, Target, Term
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import setting
 
 
-@dataclass(frozen=True)
 class SupervisedSettings(BaseSettings):
-    """labelled_mixing: weight of nnU-Net's loss on labelled patches pasted into each other, beside that on the plain
-    ones (0: none). labelled_box: sides of the pasted box, fraction of the patch's."""
+    """Settings of Supervised."""
 
-    labelled_mixing: float = 0.0
-    labelled_box: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(0, "labelled_mixing")
-        self.fractions("labelled_box")
+    labelled_mixing: float = setting(
+        0.0,
+        "weight of nnU-Net's loss on labelled patches pasted into each other, beside that on plain ones; `0`:"
+        " none. With `1` it is the second control of [Mix](mix.md#when-it-can-help)",
+        at_least=0,
+    )
+    labelled_box: float = setting(0.5, "sides of the pasted box, as a share of the patch's", at_least=0, at_most=1)
 
 
 class Supervised(Method):

@@ -7,7 +7,6 @@ Source: Yu et al., "Uncertainty-aware self-ensembling model for semi-supervised 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -17,24 +16,21 @@ from nnunetv2_semi.losses.consistency import predictive_entropy
 from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.schedules import sigmoid_ramp_up
 
 
-@dataclass(frozen=True)
 class UAMTSettings(MeanTeacherSettings):
-    """Besides Mean Teacher's: passes (of the teacher, for its uncertainty), threshold (entropy below which a voxel
-    counts, at the start, in units of its maximum), threshold_ramp (share of training over which that ramps up to 1)."""
+    """Settings of UAMT."""
 
-    deploy: Literal["teacher", "student"] = "student"
-    passes: int = 8
-    threshold: float = 0.75
-    threshold_ramp: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "passes")
-        self.fractions("threshold")
-        self.at_least(0, "threshold_ramp")
+    deploy: Literal["teacher", "student"] = changed(MeanTeacherSettings, "deploy", "student")
+    passes: int = setting(8, "noisy passes of the teacher whose mean probability has the entropy", at_least=1)
+    threshold: float = setting(
+        0.75,
+        "entropy below which a voxel counts, in units of the largest one; ramps up to 1",
+        at_least=0, at_most=1,
+    )
+    threshold_ramp: float = setting(1.0, "share of training over which the threshold ramps up", at_least=0)
 
 
 class UAMT(MeanTeacher):

@@ -8,11 +8,11 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.case_channels import channels_by_name, lacking_warning
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.preprocessing import check_case_names, prepare_unlabelled
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
-from nnunetv2_semi.data.whole_files import read_json_object
 from nnunetv2_semi.errors import UserError
 
 

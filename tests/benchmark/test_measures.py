@@ -16,8 +16,8 @@ import surface_distance
 from scipy.ndimage import binary_erosion, gaussian_filter
 from skimage import io
 
-from nnunetv2_semi.benchmark.measures import METRICS, measure_runs, measures_of_masks
-from nnunetv2_semi.benchmark.runs import PredictedRun
+from nnunetv2_semi.benchmark.report.measures import METRICS, measure_runs, measures_of_masks
+from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.errors import UserError
 
 LABELS = {"background": 0, "liver": 1, "kidney": 2}

@@ -18,13 +18,13 @@ import SimpleITK as sitk
 import torch
 from skimage import io
 
-from nnunetv2_semi.benchmark import report
-from nnunetv2_semi.benchmark.report import predictions_of, write_report
-from nnunetv2_semi.benchmark.runs import PredictedRun, Role
-from nnunetv2_semi.benchmark.statistics import Arm
-from nnunetv2_semi.benchmark.study import Study
-from nnunetv2_semi.benchmark.tables import settings_table
-from nnunetv2_semi.benchmark.trained import curves_of, settings_of
+from nnunetv2_semi.benchmark.report import report
+from nnunetv2_semi.benchmark.report.report import predictions_of, write_report
+from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
+from nnunetv2_semi.benchmark.report.statistics import Arm
+from nnunetv2_semi.benchmark.report.tables import settings_table
+from nnunetv2_semi.benchmark.study.study import Study
+from nnunetv2_semi.benchmark.study.trained import curves_of, settings_of
 from nnunetv2_semi.errors import UserError
 
 CASES = [f"case_{index}" for index in range(7)]

@@ -16,15 +16,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from nnunetv2_semi.benchmark import local_pool
-from nnunetv2_semi.benchmark.cluster import cluster_executor
-from nnunetv2_semi.benchmark.local_pool import check_devices
-from nnunetv2_semi.benchmark.preparation import prepare
-from nnunetv2_semi.benchmark.study import read_study
+from nnunetv2_semi.benchmark.study import local_pool
+from nnunetv2_semi.benchmark.study.cluster import cluster_executor
+from nnunetv2_semi.benchmark.study.local_pool import check_devices
+from nnunetv2_semi.benchmark.study.preparation import prepare
+from nnunetv2_semi.benchmark.study.study import read_study
 from nnunetv2_semi.errors import UserError
 
 FAILING = '''
-from nnunetv2_semi.stock_trainer import nnUNetTrainerSemiStock
+from nnunetv2_semi.training.stock_trainer import nnUNetTrainerSemiStock
 
 
 class nnUNetTrainerThatFails(nnUNetTrainerSemiStock):

@@ -21,16 +21,18 @@ import SimpleITK as sitk
 import torch
 
 from nnunetv2_semi import cli
-from nnunetv2_semi.benchmark import execution, self_training, self_training_models
-from nnunetv2_semi.benchmark.fine_tuning import begin_fine_tuning
-from nnunetv2_semi.benchmark.jobs import Folders, Job
-from nnunetv2_semi.benchmark.pseudo_labelled import pseudo_labelled_dataset
-from nnunetv2_semi.benchmark.self_training_input import Options, checked_start
-from nnunetv2_semi.benchmark.self_training_models import Predictor
-from nnunetv2_semi.benchmark.source_cases import read_source
-from nnunetv2_semi.benchmark.stability import read_scores, stability
-from nnunetv2_semi.benchmark.study import Entry, Study
-from nnunetv2_semi.commands import CommandFailed
+from nnunetv2_semi.benchmark.datasets.source_cases import read_source
+from nnunetv2_semi.benchmark.self_training import command as self_training
+from nnunetv2_semi.benchmark.self_training import models as self_training_models
+from nnunetv2_semi.benchmark.self_training.fine_tuning import begin_fine_tuning
+from nnunetv2_semi.benchmark.self_training.input import Options, checked_start
+from nnunetv2_semi.benchmark.self_training.models import Predictor
+from nnunetv2_semi.benchmark.self_training.pseudo_labelled import pseudo_labelled_dataset
+from nnunetv2_semi.benchmark.self_training.stability import read_scores, stability
+from nnunetv2_semi.benchmark.study import execution
+from nnunetv2_semi.benchmark.study.jobs import Folders, Job
+from nnunetv2_semi.benchmark.study.study import Entry, Study
+from nnunetv2_semi.processes.commands import CommandFailed
 
 SOURCE, NEW = "Dataset001_Phantom", "Dataset002_Phantom_selftrain1"
 PLANS = "nnUNetSemiCPUPlans"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnunetv2_semi.benchmark.stability import (
+from nnunetv2_semi.benchmark.self_training.stability import (
     mean_iou,
     most_stable,
     read_scores,

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from nnunetv2_semi.benchmark.measures import COLUMNS, LABEL_MEAN, METRICS
-from nnunetv2_semi.benchmark.statistics import (
+from nnunetv2_semi.benchmark.report.measures import COLUMNS, LABEL_MEAN, METRICS
+from nnunetv2_semi.benchmark.report.statistics import (
     AHEAD,
     BEHIND,
     LEVEL,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_semi.benchmark.comparability import check_unchanged
-from nnunetv2_semi.benchmark.jobs import Folders, jobs_of
-from nnunetv2_semi.benchmark.study import Study, read_study
-from nnunetv2_semi.benchmark.trainer_facts import differences
+from nnunetv2_semi.benchmark.study.comparability import check_unchanged
+from nnunetv2_semi.benchmark.study.jobs import Folders, jobs_of
+from nnunetv2_semi.benchmark.study.study import Study, read_study
+from nnunetv2_semi.benchmark.study.trainer_facts import differences
 from nnunetv2_semi.errors import UserError
 
 STUDY = """

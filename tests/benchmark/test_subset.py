@@ -15,7 +15,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi import cli
-from nnunetv2_semi.benchmark import case_choice, raw_datasets, source_cases, subset
+from nnunetv2_semi.benchmark.datasets import case_choice, raw_datasets, source_cases, subset
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor.checks import Check, Level
 from nnunetv2_semi.doctor.dataset import check_dataset

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_semi.benchmark.unstable_voxels import stable_labels, with_ignore_label, write_stable_labels
+from nnunetv2_semi.benchmark.self_training.unstable_voxels import stable_labels, with_ignore_label, write_stable_labels
 
 FINAL = np.array([[[0, 1, 2, 2, 0]]])
 OTHERS = [np.array([[[0, 1, 1, 2, 0]]]), np.array([[[0, 1, 2, 2, 1]]])]

@@ -11,9 +11,9 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
-from nnunetv2_semi.distributed import rows_of_all_processes, sum_over_processes
 from nnunetv2_semi.losses.weighted_dice_ce import WeightedDiceCE
-from nnunetv2_semi.methods.base import Batch, Context
+from nnunetv2_semi.methods.arrangement import Arrangement
+from nnunetv2_semi.methods.contract import Batch, Context
 
 
 def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bool = False,
@@ -41,10 +41,11 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
         loss = DeepSupervisionWrapper(loss, [0.7, 0.3])
     modalities = {f"m{i}": [i] for i in range(channels)}
     weights = (0.7, 0.3) if deep_supervision else (1.0,)
-    return Context(loss, WeightedDiceCE(regions, weights, batch_dice=False), regions, ignore_label, spacing, modalities,
-                   one_pass, images_per_pass, sum_over_processes, rows_of_all_processes, weights, (8, 8, 8),
-                   (8.0, 8.0, 8.0), 3, lambda count: small_network(count, 3), lambda: iter(()), mirror_axes,
-                   lambda: single_components)
+    return Context(supervised_loss=loss, weighted_loss=WeightedDiceCE(regions, weights, batch_dice=False),
+                   regions=regions, ignore_label=ignore_label, spacing=spacing, modalities=modalities,
+                   arrangement=Arrangement(one_pass, images_per_pass), scale_weights=weights, patch_size=(8, 8, 8),
+                   image_size=(8.0, 8.0, 8.0), num_heads=3, training_cases=lambda: iter(()), mirror_axes=mirror_axes,
+                   single_components=lambda: single_components)
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

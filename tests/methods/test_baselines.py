@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from nnunetv2_semi.methods.base import Batch
 from nnunetv2_semi.methods.bcp import BCP
+from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.cps import CPS
 from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
 from nnunetv2_semi.methods.mix import Mix
 from nnunetv2_semi.methods.uamt import UAMT
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 METHODS = [MeanTeacher, UAMT, FixMatch, CPS, BCP, Mix]
 PROGRESS = (0.1, 0.5, 0.9)  # BCP: pretraining, then both ways

@@ -6,9 +6,9 @@ import torch
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.masked_dice_ce import masked_dice_ce
-from nnunetv2_semi.methods.base import Batch
 from nnunetv2_semi.methods.bcp import BCP, BCPSettings
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.methods.contract import Batch
+from nnunetv2_semi.training.step import TrainingStep
 
 PAPER = {"plain_labelled": False, "seg_loss": "paper"}
 

@@ -4,13 +4,13 @@ from copy import deepcopy
 import pytest
 import torch
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.methods import base
+from nnunetv2_semi.methods import arrangement
 from nnunetv2_semi.methods.cps import CPS, CPSSettings
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.supervised import Supervised
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 PAPER = CPSSettings(perturb=False, labelled_too=True, cps_loss="ce", cps_weight=1.5, ramp_fraction=0.0)
 
@@ -125,7 +125,7 @@ def test_twins_teach_each_other_what_they_decide_themselves(small):
     (False, False, [False, True, True]), (False, True, [False, True]),
     (True, False, [False, False, True, True]), (True, True, [False, False, True])])
 def test_passes_with_and_without_a_graph(small, monkeypatch, labelled_too, one_pass, passes):
-    monkeypatch.setattr(base, "joins_batches", lambda device: True)
+    monkeypatch.setattr(arrangement, "joins_batches", lambda device: True)
     method = make(small, settings=CPSSettings(labelled_too=labelled_too), one_pass=one_pass)
     seen = {"first": [], "second": []}
     for name, network in (("first", method.student), ("second", method.second)):

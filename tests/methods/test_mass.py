@@ -8,13 +8,14 @@ import torch
 
 from nnunetv2_semi.data.phantom_anatomy import make_phantom_case
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.methods import base
-from nnunetv2_semi.methods.base import Batch, WholeCase
+from nnunetv2_semi.methods import arrangement
+from nnunetv2_semi.methods.arrangement import Arrangement
+from nnunetv2_semi.methods.contract import Batch, WholeCase
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.present_channels import fill_absent, present_channels
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 NAMES = {"m0": [0], "m1": [1]}
 ALTERNATING = torch.tensor([[True, False], [False, True]])
@@ -103,9 +104,9 @@ def test_joined_batches_give_the_same_loss_and_gradient(small, monkeypatch, one_
     """As on a GPU, where patches of both modalities go through the encoders together."""
     batch, found = unpaired(small), []
     for joins in (False, True):
-        monkeypatch.setattr(base, "joins_batches", lambda device, joins=joins: joins)
+        monkeypatch.setattr(arrangement, "joins_batches", lambda device, joins=joins: joins)
         method = started(small, batch, one_pass=one_pass)
-        method.context = replace(method.context, images_per_pass=images_per_pass)
+        method.context = replace(method.context, arrangement=Arrangement(one_pass, images_per_pass))
         terms = terms_of(method, batch)
         sum(term.weight * term.value for term in terms.values()).backward()
         found.append(({name: float(term.value.detach()) for name, term in terms.items()},

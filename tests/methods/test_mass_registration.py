@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nnunetv2_semi.data.phantom_anatomy import make_phantom_case
-from nnunetv2_semi.methods.base import Batch, WholeCase
+from nnunetv2_semi.methods.contract import Batch, WholeCase
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
 from nnunetv2_semi.present_channels import fill_absent
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 SIZE = (24, 32, 24)
 NAMES = {"CT": [0], "MR": [1]}

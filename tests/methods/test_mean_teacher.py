@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.settings import Settings
 from nnunetv2_semi.methods.supervised import Supervised
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 PAPER = {"perturbation": "noise", "consistency_weight": 0.1, "ramp_fraction": 1.0}
 

@@ -6,13 +6,13 @@ import torch
 
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.methods import base
-from nnunetv2_semi.methods.base import Batch
+from nnunetv2_semi.methods import arrangement
+from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.mix import Mix, MixSettings
 from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.supervised import Supervised, SupervisedSettings
 from nnunetv2_semi.present_channels import FILL, present_channels
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 SAME_INTENSITIES = {"view_gamma": 0.0, "view_scale": 0.0, "view_shift": 0.0, "view_noise": 0.0}
 
@@ -281,7 +281,7 @@ def test_islands_of_pseudo_labels_go_where_the_setting_says_so(small, monkeypatc
 
 @pytest.mark.parametrize("one_pass, calls", [(False, [2, 2, 2]), (True, [6])])
 def test_a_step_is_three_passes_with_a_gradient_and_one_without(small, monkeypatch, one_pass, calls):
-    monkeypatch.setattr(base, "joins_batches", lambda device: True)
+    monkeypatch.setattr(arrangement, "joins_batches", lambda device: True)
     method, batch = make(small, one_pass=one_pass), small.batch(dims=2)
     assert [len(image) for image in seen_by(method.student, method, batch)] == calls
     assert [len(image) for image in seen_by(method.teacher.network, method, batch)] == [2]

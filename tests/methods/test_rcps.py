@@ -1,11 +1,9 @@
-from dataclasses import replace
 
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import full_resolution
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
@@ -13,9 +11,10 @@ from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     cosine_consistency,
     rectified_pseudo_supervision,
 )
-from nnunetv2_semi.methods import base
+from nnunetv2_semi.methods import arrangement
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 PAPER = {"cutmix": 0.0, "pseudo_weight": 0.1, "ramp_fraction": 1.0}
 
@@ -67,7 +66,7 @@ def test_all_arrangements_do_the_same_step(small, arrangement, deep_supervision)
 
 @pytest.mark.parametrize("joins", [True, False])
 def test_one_pass_calls_the_network_once_and_others_as_often_as_the_plan_asks(small, monkeypatch, joins):
-    monkeypatch.setattr(base, "joins_batches", lambda device: joins)
+    monkeypatch.setattr(arrangement, "joins_batches", lambda device: joins)
     for kinds, calls in [({"one_pass": True}, 1), ({"images_per_pass": 3}, 2), ({"images_per_pass": 4}, 2), ({}, 6)]:
         method, count = make(small, **kinds), []
         method.student.register_forward_hook(lambda *_, count=count: count.append(1))
@@ -80,7 +79,7 @@ def test_one_pass_calls_the_network_once_and_others_as_often_as_the_plan_asks(sm
 def test_joined_batches_and_graphs_side_by_side_give_the_same(small, monkeypatch, kinds, together):
     gradients = []
     for joins in (True, False):
-        monkeypatch.setattr(base, "joins_batches", lambda device, joins=joins: joins)
+        monkeypatch.setattr(arrangement, "joins_batches", lambda device, joins=joins: joins)
         method, batch = make(small, **kinds), small.batch()
         outputs = list(method.passes(method.student, batch.labelled, batch.unlabelled, together=together))
         gradients.append(torch.autograd.grad(sum(full_resolution(output).square().sum() for output in outputs),
@@ -186,7 +185,7 @@ def test_without_unlabelled_weight_it_is_the_control(small):
 def test_each_ablation_changes_the_step(small, change):
     settings = RCPSSettings(num_negatives=5)
     networks = []
-    for chosen in (settings, replace(settings, **change)):
+    for chosen in (settings, settings.model_copy(update=change)):
         method = make(small, chosen)
         terms, _ = run(method, small.batch(size=16))
         networks.append(method.student)

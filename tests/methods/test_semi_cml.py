@@ -6,13 +6,13 @@ import torch
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
-from nnunetv2_semi.methods.base import Batch
+from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
 from nnunetv2_semi.present_channels import fill_absent
-from nnunetv2_semi.step import TrainingStep
 from nnunetv2_semi.teachers import BestModelAverage
+from nnunetv2_semi.training.step import TrainingStep
 
 RAMP = math.exp(-5 * 0.25)  # half-way
 
@@ -40,11 +40,11 @@ def gradients(method, batch, progress):
     for group in method.loss(batch):
         terms += group
         weighted = sum(term.weight * term.value for term in group)
-        if method.context.one_pass:
+        if method.context.arrangement.one_pass:
             joined = joined + weighted
         else:
             weighted.backward()
-    if method.context.one_pass:
+    if method.context.arrangement.one_pass:
         joined.backward()
     return ({term.name: float(term.value.detach()) for term in terms},
             [None if p.grad is None else p.grad.clone() for p in method.student.parameters()])

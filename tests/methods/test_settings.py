@@ -5,7 +5,14 @@ import pytest
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.mean_teacher import MeanTeacherSettings
 from nnunetv2_semi.methods.semi_cml import SemiCMLSettings
-from nnunetv2_semi.methods.settings import Settings, settings_for_plan, settings_from_plan
+from nnunetv2_semi.methods.settings import (
+    Settings,
+    changed,
+    paper_value,
+    settings_for_plan,
+    settings_from_plan,
+    value_range,
+)
 
 
 def test_defaults_without_a_semi_object():
@@ -62,3 +69,33 @@ def test_written_to_a_plan_and_read_again_they_are_the_same(cls, name):
     stored = json.loads(json.dumps(settings_for_plan(settings, name)))
     assert settings_from_plan(cls, stored, name) == settings
     assert settings_from_plan(MeanTeacherSettings, stored, "MeanTeacher").num_epochs == 3
+
+
+@pytest.mark.parametrize("cls, name, value, expected", [
+    (MeanTeacherSettings, "ema_decay", 1.5, "between 0 and 1"), (MeanTeacherSettings, "noise", -0.1, "at least 0"),
+    (Settings, "momentum", 1.0, "at least 0 and below 1"), (Settings, "initial_lr", 0, "greater than 0"),
+    (SemiCMLSettings, "asc_weight", -1.0, "at least 0"), (Settings, "unlabelled_batch_size", 0, "at least 1"),
+    (Settings, "initial_lr", float("nan"), "float"),
+])
+def test_ranges_are_named(cls, name, value, expected):
+    with pytest.raises(UserError, match=f'Plans file, "semi": {name} must be .*{expected}.*, got {value!r}'):
+        cls(**{name: value})
+
+
+def test_settings_cannot_be_changed_and_unknown_ones_not_be_made():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().seed = 3
+    with pytest.raises(UserError, match="unknown setting 'sed'"):
+        Settings(sed=3)
+
+
+def test_a_field_declared_again_keeps_meaning_and_range_and_its_parent_its_default():
+    class Again(MeanTeacherSettings):
+        """Settings of a test."""
+
+        noise: float = changed(MeanTeacherSettings, "noise", 0.5, paper=0.2)
+    new, old = Again.model_fields["noise"], MeanTeacherSettings.model_fields["noise"]
+    assert (new.default, old.default, new.description) == (0.5, 0.1, old.description)
+    assert (paper_value(new), paper_value(old), value_range(new)) == (0.2, ..., "at least 0")
+    with pytest.raises(UserError, match="noise must be at least 0"):
+        Again(noise=-1.0)

@@ -3,10 +3,10 @@ import torch
 
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.methods.base import Batch
+from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.supervised import Supervised, SupervisedSettings
 from nnunetv2_semi.present_channels import FILL
-from nnunetv2_semi.step import TrainingStep
+from nnunetv2_semi.training.step import TrainingStep
 
 KINDS = [{"dims": 2}, {}, {"dims": 2, "regions": True}, {"dims": 2, "ignore_label": 3, "deep_supervision": True},
          {"regions": True, "ignore_label": 3, "deep_supervision": True, "channels": 4}]

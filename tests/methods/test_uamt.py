@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from nnunetv2_semi.data.mixing import CutMix
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_semi.methods.mixing import CutMix
 from nnunetv2_semi.methods.perturbation import intensity_view
 from nnunetv2_semi.methods.uamt import UAMT, UAMTSettings
 

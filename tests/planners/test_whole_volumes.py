@@ -18,7 +18,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
-from nnunetv2_semi.whole_volumes import coarser_spacing
+from nnunetv2_semi.planning.whole_volumes import coarser_spacing
 from planners.nnUNetPlannerSemi import nnUNetPlannerSemi
 from planners.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
 

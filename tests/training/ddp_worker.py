@@ -22,7 +22,7 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
     from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
     from nnunetv2_semi.networks.modality_branches import ModalityBranches
-    from nnunetv2_semi.step import TrainingStep
+    from nnunetv2_semi.training.step import TrainingStep
 
     # each process draws its own views
     as_it_is = {"cutmix": 0.0, "view_noise": 0.0, "view_scale": 0.0, "view_shift": 0.0, "view_gamma": 0.0}
@@ -59,7 +59,7 @@ def training(rank: int, world: int, folder: Path, kind: str) -> None:
 
     trainer = make_trainer(folder / "w", f"nnUNetTrainerSemi{kind}")
     trainer.run_training()
-    torch.save({"state": trainer.method.state_dict(), "batch": trainer.batch_size, "foreground": trainer._foreground},
+    torch.save({"state": trainer.method.state_dict(), "batch": trainer.batch_size, "foreground": trainer.foreground},
                folder / f"run_{kind}_{rank}.pt")
 
 

@@ -11,8 +11,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
 
-from nnunetv2_semi import checkpoints
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.training import checkpoints
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semi.unlabelled_foreground import cases_to_predict, find_foreground, is_due
+from nnunetv2_semi.training.unlabelled_foreground import cases_to_predict, find_foreground, is_due
 
 
 def stored(image):
@@ -78,7 +78,7 @@ def test_a_third_of_the_patches_is_drawn_where_the_network_found_foreground(tool
     assert not any(forced for epoch, forced, _ in seen if epoch == 0)
     forced = [lower for epoch, forced, lower in seen if epoch == 1 and forced]
     share = len(forced) / sum(epoch == 1 for epoch, *_ in seen)
-    known = len(trainer._foreground)
+    known = len(trainer.foreground)
     assert known in (1, 2) and share == pytest.approx(0.5) if known == 2 else 0 < share <= 0.5
     size = trainer.dataloader_train.batches.loaders["unlabelled"].patch_size
     for lower in forced:

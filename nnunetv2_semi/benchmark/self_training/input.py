@@ -1,0 +1,270 @@
+"""What a self-training starts from, checked before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunetv2_semi.benchmark.datasets.source_cases import Source
+from nnunetv2_semi.benchmark.self_training.stability import number_kept
+from nnunetv2_semi.benchmark.study.jobs import Folders
+from nnunetv2_semi.benchmark.study.trainer_facts import trainer_class
+from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.duplicates import HASHES_FILE, find_duplicates, image_contents
+from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.schedules import snapshot_after
+from nnunetv2_semi.training.splits import NNUNET_FOLDS
+
+if TYPE_CHECKING:
+    from nnunetv2_semi.methods.base import Method
+
+
+# Between two teachers: seeds of a study's trainings lie closer together.
+SEED_STEP = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the result of a round.
+
+    keep: share of unlabelled cases. snapshots: checkpoints to compare. teachers: models of the first round, each with a
+    seed of its own. ignore_unstable: voxels that are predicted differently get no label. finetune: share of the
+    student's epochs on true labels alone.
+    """
+
+    dataset: str
+    configuration: str
+    fold: int | str
+    plans: str
+    trainer: str
+    keep: float
+    snapshots: int
+    mirroring: bool
+    teachers: int = 1
+    ignore_unstable: bool = False
+    finetune: float = 0.0
+
+    @property
+    def plans_name(self) -> str:
+        """Of the plans of the first teacher and of students."""
+        return f"{self.plans}_selftrain"
+
+    def teacher_plans_name(self, number: int) -> str:
+        """Of the plans of a teacher, counted from 1."""
+        return self.plans_name if number == 1 else f"{self.plans_name}_teacher{number}"
+
+    def fine_tuning_plans_name(self, dataset: str) -> str:
+        """Of the plans that fine-tune the student of a pseudo-labelled data set."""
+        return f"{self.plans_name}_finetuned{dataset[7:10]}"
+
+    @property
+    def model_name(self) -> str:
+        """nnU-Net's name of the folder of the first teacher, and of students."""
+        return self.model_name_of(self.plans_name)
+
+    def model_name_of(self, plans_name: str) -> str:
+        """nnU-Net's name of a model's folder."""
+        return f"{self.trainer}__{plans_name}__{self.configuration}"
+
+
+# Records of earlier versions lack newer options.
+OPTION_DEFAULTS: Mapping[str, object] = {
+    single.name: single.default for single in dataclasses.fields(Options) if single.default is not dataclasses.MISSING}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before the first step.
+
+    plans: of the name ``options.plans_name``. num_epochs: of a teacher, and of a student with its fine-tuning.
+    structures: label values of each structure, without background. reader: nnU-Net's of the images.
+    """
+
+    options: Options
+    source: Source
+    plans: dict
+    num_epochs: int
+    structures: Sequence[Sequence[int]]
+    reader: type[BaseReaderWriter]
+
+    @property
+    def fine_tuning_epochs(self) -> int:
+        return round(self.num_epochs * self.options.finetune)
+
+    @property
+    def student_epochs(self) -> int:
+        """Before fine-tuning."""
+        return self.num_epochs - self.fine_tuning_epochs
+
+    def teacher_plans(self, number: int) -> dict:
+        """Plans of a teacher, counted from 1: all but the first differ in the seed, and keep no snapshots."""
+        return _teacher_plans(self.options, self.plans, number)
+
+    def student_plans(self) -> dict:
+        if not self.fine_tuning_epochs:
+            return self.plans
+        return _with_settings(self.plans, self.options.plans_name, {"num_epochs": self.student_epochs})
+
+    def fine_tuning_plans(self, dataset: str) -> dict:
+        """Plans that fine-tune the student of a pseudo-labelled data set."""
+        return _with_settings(self.plans, self.options.fine_tuning_plans_name(dataset),
+                              {"num_epochs": self.num_epochs, "snapshots": 0})
+
+
+def checked_start(options: Options, source: Source, folders: Folders) -> Start:
+    """Check what can be checked before training.
+
+    Raises:
+        UserError: Data, plans, trainer or options cannot be used.
+    """
+    # Imports torch.
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_semi.methods.settings import settings_from_plan
+
+    if not source.unlabelled:
+        raise UserError(f"There are no unlabelled cases in {Path(source.folder) / UNLABELLED_FOLDER}. Put images "
+                        f"there, named {naming_rule(source.dataset_json)}.")
+    _check_range(options)
+    preprocessed = folders.preprocessed / source.name
+    plans = _plans(options, preprocessed)
+    manager = PlansManager(plans)
+    if options.configuration not in plans["configurations"]:
+        raise UserError(f"The plans {options.plans} of {source.name} have no configuration {options.configuration}; "
+                        f"they have {', '.join(plans['configurations'])}.")
+    configuration = manager.get_configuration(options.configuration)
+    if configuration.previous_stage_name is not None:
+        raise UserError(f"{options.configuration} is the second stage of a cascade, which self-training cannot train.")
+    if not any((preprocessed / configuration.data_identifier).glob("*.pkl")):
+        raise UserError(f"{source.name} is not preprocessed: nnUNetv2_preprocess -d {int(source.name[7:10])} "
+                        f"-plans_name {options.plans} -c {options.configuration}")
+    method = _method(options.trainer)
+    settings = settings_from_plan(method.Settings, configuration.configuration.get("semi", {}), method.name)
+    student_epochs = _checked_student_epochs(options, settings.num_epochs)
+    _check_snapshots(options, student_epochs)
+    if method.uses_unlabelled and number_kept(len(source.unlabelled), options.keep) == len(source.unlabelled):
+        raise UserError(f"--keep {options.keep:g} leaves no unlabelled case for {options.trainer}, which needs some.")
+    _check_fold(options.fold, preprocessed, len(source.labelled))
+    _check_models_of_other_plans(options, plans, folders)
+    _check_no_labelled_image(source, preprocessed, plans["image_reader_writer"])
+    labels = manager.get_label_manager(source.dataset_json)
+    structures = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    return Start(options, source, plans, settings.num_epochs,
+                 [np.atleast_1d(values).tolist() for values in structures],
+                 manager.image_reader_writer_class)
+
+
+def _check_range(options: Options) -> None:
+    if not 0 < options.keep <= 1:
+        raise UserError(f"--keep must be above 0 and at most 1, got {options.keep:g}.")
+    for name, value in (("snapshots", options.snapshots), ("teachers", options.teachers)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}.")
+    if not 0 <= options.finetune < 1:
+        raise UserError(f"--finetune must be at least 0 and below 1, got {options.finetune:g}.")
+
+
+def _plans(options: Options, preprocessed: Path) -> dict:
+    """The data set's plans, so that snapshots are kept."""
+    file = preprocessed / f"{options.plans}.json"
+    plans = read_json_object(str(file))
+    if plans is None or not (preprocessed / "dataset_fingerprint.json").is_file():
+        raise UserError(f"There is no {file}, or no dataset_fingerprint.json beside it. Make them: "
+                        f"nnUNetv2_plan_and_preprocess -d {int(options.dataset[7:10])} -pl nnUNetPlannerSemi, and name "
+                        "the plans with -p.")
+    for content in plans["configurations"].values():
+        if "inherits_from" not in content or "semi" in content:
+            content["semi"] = {**content.get("semi", {}), "snapshots": options.snapshots, "final_validation": False}
+    return {**plans, "plans_name": options.plans_name}
+
+
+def _with_settings(plans: dict, name: str, settings: Mapping[str, object]) -> dict:
+    """Plans of another name, with these settings in each "semi"."""
+    changed = {**copy.deepcopy(plans), "plans_name": name}
+    for content in changed["configurations"].values():
+        if "semi" in content:
+            content["semi"].update(settings)
+    return changed
+
+
+def _teacher_plans(options: Options, plans: dict, number: int) -> dict:
+    if number == 1:
+        return plans
+    changed = _with_settings(plans, options.teacher_plans_name(number), {"snapshots": 0})
+    for content in changed["configurations"].values():
+        if "semi" in content:
+            content["semi"]["seed"] = content["semi"].get("seed", 0) + SEED_STEP * (number - 1)
+    return changed
+
+
+def _method(trainer: str) -> type[Method]:
+    """The method of a trainer of ours."""
+    method = getattr(trainer_class(trainer), "method_class", None)
+    if method is None:
+        raise UserError(f"{trainer} keeps no checkpoints on the way, and so the stability of its predictions cannot be "
+                        "told. Use a trainer that does, for instance nnUNetTrainerSemiSupervised.")
+    return method
+
+
+def _checked_student_epochs(options: Options, num_epochs: int) -> int:
+    """Epochs of a student before fine-tuning, of so many in all."""
+    fine_tuning = round(num_epochs * options.finetune)
+    if options.finetune and not 0 < fine_tuning < num_epochs:
+        raise UserError(f"--finetune {options.finetune:g} of {num_epochs} epochs leaves no epoch for the fine-tuning, "
+                        "or for what is before it.")
+    return num_epochs - fine_tuning
+
+
+def _check_snapshots(options: Options, num_epochs: int) -> None:
+    kept = {snapshot_after(epoch, num_epochs, options.snapshots) for epoch in range(1, num_epochs)} - {None}
+    if len(kept) < options.snapshots:
+        raise UserError(f"A training of {num_epochs} epochs has no room for {options.snapshots} snapshots: give less "
+                        "with --snapshots.")
+
+
+def _check_fold(fold: int | str, preprocessed: Path, labelled: int) -> None:
+    if fold == "all":
+        return
+    file = preprocessed / "splits_final.json"
+    made = min(NNUNET_FOLDS, labelled) if labelled > 1 else 0
+    folds = len(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else made
+    if int(fold) >= folds:
+        raise UserError(f"There are {folds} folds of {preprocessed.name}, so there is no fold {fold}. Train with -f "
+                        f"all, or write your own splits to {file}.")
+
+
+def _check_models_of_other_plans(options: Options, plans: dict, folders: Folders) -> None:
+    """Refuse to change plans that a teacher was trained with."""
+    for number in range(1, options.teachers + 1):
+        name, own = options.teacher_plans_name(number), _teacher_plans(options, plans, number)
+        file = folders.preprocessed / options.dataset / f"{name}.json"
+        models = list((folders.results / options.dataset).glob(f"*__{name}__*"))
+        if models and (read_json_object(str(file)) or own) != own:
+            raise UserError(f"{file} is not what {options.plans} with {options.snapshots} snapshots gives now, and "
+                            f"models were trained with it: {', '.join(map(str, models))}. Remove both, or train with a "
+                            "copy of the plans under another name.")
+
+
+def _check_no_labelled_image(source: Source, preprocessed: Path, reader_name: str) -> None:
+    """A labelled case, perhaps of the validation split, must not come back with a predicted label and another name."""
+    labelled, unlabelled = ({name: list(case.images.values()) for name, case in cases.items()}
+                            for cases in (source.labelled, source.unlabelled))
+    contents, _ = image_contents(
+        [file for files in (*labelled.values(), *unlabelled.values()) for file in files],
+        raw_dataset_folder=source.folder, cache_file=str(preprocessed / HASHES_FILE), reader_name=reader_name,
+        num_processes=default_num_processes)
+    pairs = [f"{Path(same.file).name} = {Path(same.other_file).name}"
+             for same in find_duplicates(unlabelled, contents, labelled)]
+    if pairs:
+        raise UserError(f"{len(pairs)} unlabelled case(s) hold the same image as a labelled case: {', '.join(pairs)}. "
+                        f"Remove them from {UNLABELLED_FOLDER}.")

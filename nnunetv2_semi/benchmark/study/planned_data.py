@@ -1,0 +1,108 @@
+"""Plans, preprocessed cases and splits of a study's data sets, made where they are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from filelock import FileLock
+
+from nnunetv2_semi import compat
+from nnunetv2_semi.benchmark.study.jobs import Folders, Job
+from nnunetv2_semi.benchmark.study.study import Study
+from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
+from nnunetv2_semi.training.splits import NNUNET_FOLDS
+
+EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
+
+
+def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders, source: str | None) -> None:
+    """With nnU-Net's commands, what is not done. source: data set whose plans it gets; None for plans of its own.
+
+    Raises:
+        UserError: The plans lack the study's configuration.
+        CommandFailed: A command failed.
+    """
+    folder = folders.preprocessed / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    file, begun = folder / f"{plans}.json", study.folder / f"preprocessing_{dataset}.begun"
+    with FileLock(folder / ".planning.lock"):  # another study may be at it
+        number, processes = dataset.removeprefix("Dataset")[:3], os.environ.get("nnUNet_def_n_proc", "4")
+        if not file.is_file() and source in (None, dataset):
+            _run(study, dataset, "nnUNetv2_plan_and_preprocess", ["-d", number, "-fpe", EXTRACTOR, "-pl",
+                                                                  study.planner, "--no_pp", "-npfp", processes])
+        elif not file.is_file():
+            _run(study, dataset, "nnUNetv2_extract_fingerprint", ["-d", number, "-fpe", EXTRACTOR, "-np",
+                                                                 processes])
+            _run(study, dataset, "nnUNetv2_move_plans_between_datasets", ["-s", str(source), "-t", dataset,
+                                                                          "-sp", plans, "-tp", plans])
+            # nnU-Net's planner copies it, its mover of plans does not
+            write_json_whole(str(folder / "dataset.json"),
+                             json.loads((folders.raw / dataset / "dataset.json").read_text(encoding="utf-8")))
+        if not file.is_file():
+            raise CommandFailed(f"Planning wrote no {file}: {study.planner} does not make plans {plans}.")
+        # what was begun and killed may have left a case half written
+        if begun.is_file() or not _is_preprocessed(study, file, folders.raw / dataset):
+            begun.touch()
+            _run(study, dataset, "nnUNetv2_preprocess", ["-d", number, "-plans_name", plans, "-c", study.configuration,
+                                                         "-np", processes])
+            begun.unlink()
+
+
+def _run(study: Study, dataset: str, name: str, arguments: list[str]) -> None:
+    print(f"{name} for {dataset} ...", flush=True)
+    run_logged([command_path(name), *arguments], study.folder / f"{name}_{dataset}.log", os.environ, Progress())
+
+
+def _is_preprocessed(study: Study, plans_file: Path, raw: Path) -> bool:
+    """Whether all labelled cases are there, and none that is not labelled any more."""
+    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+    folder = _data_folder(study, plans_file)
+    return {file.stem for file in folder.glob("*.pkl")} == set(list_labelled_cases(str(raw), dataset_json))
+
+
+def _data_folder(study: Study, plans_file: Path) -> Path:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans = PlansManager(json.loads(plans_file.read_text(encoding="utf-8")))
+    if study.configuration not in plans.available_configurations:
+        raise UserError(f"{plans_file} has no configuration {study.configuration}; it has "
+                        f"{', '.join(plans.available_configurations)}.")
+    return plans_file.parent / plans.get_configuration(study.configuration).data_identifier
+
+
+def write_split(study: Study, job: Job) -> None:
+    """nnU-Net's own split, before trainings that would all begin with writing it.
+
+    Raises:
+        UserError: There is no such fold.
+    """
+    folds = [fold for fold in study.folds if isinstance(fold, int)]
+    file = job.plans_file.parent / "splits_final.json"
+    if folds and not file.is_file():
+        cases = job.labelled_cases()
+        if len(cases) < 2:
+            raise UserError(f"{job.dataset} has {len(cases)} labelled case: use folds: [all].")
+        write_json_whole(str(file), compat.crossval_split(cases, min(NNUNET_FOLDS, len(cases))))
+    count = len(json.loads(file.read_text(encoding="utf-8"))) if folds else 0
+    if any(fold >= count for fold in folds):
+        raise UserError(f"{file} has {count} folds, from 0 to {count - 1}; the study asks for {max(folds)}.")
+
+
+def prepare_unlabelled_cases(job: Job) -> None:
+    """Preprocess unlabelled cases once, before trainings that would all begin with it."""
+    from nnunetv2.configuration import default_num_processes
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_semi.data.preprocessing import prepare_unlabelled
+
+    content = job.own_plans()
+    plans = PlansManager(content)
+    semi = content["configurations"][job.study.configuration]["semi"]
+    dataset_json = json.loads((job.plans_file.parent / "dataset.json").read_text(encoding="utf-8"))
+    prepare_unlabelled(plans, plans.get_configuration(job.study.configuration), dataset_json,
+                       num_processes=default_num_processes, skip_unreadable=bool(semi.get("skip_unreadable", False)))

@@ -1,0 +1,194 @@
+"""``nnunetv2_semi export``: a model folder that stock nnU-Net runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.dataset_settings import folder_name
+from nnunetv2_semi.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunetv2_semi.methods.base import Method
+
+_PER_CHANNEL = ("normalization_schemes", "use_mask_for_norm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, named as nnU-Net's commands name them."""
+    parser.add_argument("-d", metavar="DATASET", help="dataset name or id of the trained model")
+    parser.add_argument("-tr", metavar="TRAINER", help="its trainer, such as nnUNetTrainerSemiCML")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="its plans (default: %(default)s)")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres",
+                        help="its configuration (default: %(default)s)")
+    parser.add_argument("-m", metavar="FOLDER", help="the model folder itself, instead of -d, -tr, -p and -c")
+    parser.add_argument("-f", metavar="FOLD", nargs="+", help="folds to export (default: all that are trained)")
+    parser.add_argument("-chk", metavar="FILE", default="checkpoint_final.pth",
+                        help="checkpoint to export (default: %(default)s)")
+    parser.add_argument("--modality", metavar="NAME", help="export the network of this modality alone (default: every "
+                        "network that nnU-Net can run, one folder each)")
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="folder to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say how to predict with what was written."""
+    folder = args.m or _model_folder(args.d, args.tr, args.p, args.c)
+    for name, written in export_model(folder, args.o, modality=args.modality, folds=args.f,
+                                      checkpoint_name=args.chk).items():
+        channels = _read_json(os.path.join(written, "dataset.json"))["channel_names"]
+        inputs = ", ".join(f"_{int(index):04d} = {channel}" for index, channel in channels.items())
+        print(f"{name or 'Model'}: {written}\n  input: {inputs}\n"
+              f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {written} -chk {args.chk}")
+    return 0
+
+
+def export_model(model_folder: str, output_folder: str, *, modality: str | None = None,
+                 folds: Sequence[str] | None = None, checkpoint_name: str = "checkpoint_final.pth") -> dict[str, str]:
+    """Write the networks of a trained model that are nnU-Net's own as stock model folders.
+
+    model_folder: ``<results>/<dataset>/<trainer>__<plans>__<configuration>``. modality: only this one, straight into
+    ``output_folder``; None: all, into one sub-folder each where there are several. folds: such as ["0", "all"]; None:
+    all that have ``checkpoint_name``. Returns name -> folder written. Raises UserError for what does not exist.
+    """
+    import torch
+
+    folds = _folds(model_folder, folds, checkpoint_name)
+    plans, dataset_json = (_read_json(os.path.join(model_folder, f)) for f in ("plans.json", "dataset.json"))
+    written: dict[str, str] = {}
+    for fold in folds:
+        path = os.path.join(model_folder, f"fold_{fold}", checkpoint_name)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        configuration = checkpoint["init_args"]["configuration"]
+        method = _method_of(checkpoint["trainer_name"])
+        models = method.stock_models(plans["configurations"][configuration].get("semi", {}),
+                                     checkpoint["network_weights"], len(dataset_json["channel_names"]))
+        for name, (channels, weights) in _chosen(models, modality, method.name).items():
+            one_of_several = len(models) > 1 and modality is None
+            folder = os.path.join(output_folder, folder_name(name)) if one_of_several else output_folder
+            stock = {"plans": _stock_plans(plans, channels), "dataset_json": _stock_dataset(dataset_json, channels)}
+            if name not in written:
+                _make_folder(folder)
+                write_json_whole(os.path.join(folder, "plans.json"), stock["plans"])
+                write_json_whole(os.path.join(folder, "dataset.json"), stock["dataset_json"])
+                _copy_fingerprint(model_folder, folder, channels)
+                written[name] = folder
+            _save_checkpoint(checkpoint, weights, stock, fold, os.path.join(folder, f"fold_{fold}", checkpoint_name))
+    return written
+
+
+def _model_folder(dataset: str | None, trainer: str | None, plans: str, configuration: str) -> str:
+    if dataset is None or trainer is None:
+        raise UserError("Name the trained model: -d DATASET -tr TRAINER [-p PLANS] [-c CONFIGURATION], or -m FOLDER.")
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    return get_output_folder(dataset, trainer, plans, configuration)
+
+
+def _folds(model_folder: str, folds: Sequence[str] | None, checkpoint_name: str) -> list[str]:
+    if not os.path.isfile(os.path.join(model_folder, "plans.json")):
+        raise UserError(f"{model_folder} is no trained model: it has no plans.json. Give the folder that holds fold_0.")
+    trained = sorted(name.removeprefix("fold_") for name in os.listdir(model_folder) if name.startswith("fold_")
+                     and os.path.isfile(os.path.join(model_folder, name, checkpoint_name)))
+    missing = sorted(set(folds or []) - set(trained))
+    if missing or not trained:
+        raise UserError(f"{model_folder} has no {checkpoint_name} for fold {', '.join(missing) or '(any)'}. "
+                        f"Folds that have it: {', '.join(trained) or 'none'}. An unfinished training can be exported "
+                        "with -chk checkpoint_best.pth.")
+    return list(folds) if folds else trained
+
+
+def _method_of(trainer_name: str) -> type[Method]:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    trainer = recursive_find_trainer_class_by_name(trainer_name)
+    method = getattr(trainer, "method_class", None)
+    if method is None:
+        raise UserError(f"The model was trained with {trainer_name}, which is not a trainer of this package: it needs "
+                        "no export.")
+    return method
+
+
+def _chosen(models: Mapping[str, tuple], modality: str | None, method: str) -> dict[str, tuple]:
+    if not models:
+        raise UserError(f"The network that {method} deploys is not nnU-Net's own: stock nnU-Net cannot run it.")
+    if modality is None:
+        return dict(models)
+    if modality not in models:
+        known = ", ".join(name for name in models if name) or f"none: {method} trains one network for all channels"
+        raise UserError(f"No network for modality {modality!r}. Modalities of this model: {known}.")
+    return {modality: models[modality]}
+
+
+def _stock_plans(plans: dict, channels: Sequence[int]) -> dict:
+    """The plans for ``channels`` alone, naming nothing that stock nnU-Net lacks."""
+    stock = copy.deepcopy(plans)
+    stock["foreground_intensity_properties_per_channel"] = _renumbered(
+        stock["foreground_intensity_properties_per_channel"], channels)
+    if stock.get("experiment_planner_used", "").startswith("nnUNetPlannerSemi"):
+        stock["experiment_planner_used"] = "ExperimentPlanner"
+    for configuration in stock["configurations"].values():
+        configuration.pop("semi", None)
+        if configuration.get("preprocessor_name", "").startswith("nnUNetPreprocessorSemi"):
+            configuration["preprocessor_name"] = "DefaultPreprocessor"
+        for key in _PER_CHANNEL:
+            if key in configuration:
+                configuration[key] = [configuration[key][channel] for channel in channels]
+    return stock
+
+
+def _stock_dataset(dataset_json: dict, channels: Sequence[int]) -> dict:
+    stock = {key: value for key, value in dataset_json.items() if key != "semi"}
+    stock["channel_names"] = _renumbered(dataset_json["channel_names"], channels)
+    return stock
+
+
+def _save_checkpoint(checkpoint: dict, weights: dict, stock: dict[str, dict], fold: str, path: str) -> None:
+    """The inference part of a checkpoint, as a stock nnUNetTrainer would have written it.
+
+    Weights are cloned: a slice of a bigger storage would be saved with the whole storage.
+    """
+    from nnunetv2_semi.training.checkpoints import save_whole
+
+    init_args = {**checkpoint["init_args"], **stock, "fold": fold if fold == "all" else int(fold)}
+    save_whole({
+        "network_weights": {key: value.clone() for key, value in weights.items()},
+        "init_args": init_args,
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+        "current_epoch": checkpoint["current_epoch"],
+    }, path)
+
+
+def _make_folder(folder: str) -> None:
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise UserError(f"{folder} is not empty. Name a new folder with -o, or remove it first.")
+    os.makedirs(folder, exist_ok=True)
+
+
+def _copy_fingerprint(model_folder: str, folder: str, channels: Sequence[int]) -> None:
+    source = os.path.join(model_folder, "dataset_fingerprint.json")
+    if not os.path.isfile(source):
+        return
+    fingerprint = _read_json(source)
+    per_channel = fingerprint.get("foreground_intensity_properties_per_channel", {})
+    if per_channel and len(channels) < len(per_channel):
+        fingerprint["foreground_intensity_properties_per_channel"] = _renumbered(per_channel, channels)
+        write_json_whole(os.path.join(folder, "dataset_fingerprint.json"), fingerprint)
+    else:
+        shutil.copyfile(source, os.path.join(folder, "dataset_fingerprint.json"))
+
+
+def _read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _renumbered(by_channel: Mapping[str, object], channels: Sequence[int]) -> dict[str, object]:
+    """The entries of ``channels`` in a JSON object keyed by channel number, numbered from 0."""
+    return {str(new): by_channel[str(old)] for new, old in enumerate(channels)}

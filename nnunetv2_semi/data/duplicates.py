@@ -1,0 +1,216 @@
+"""Which images are the same image, whatever their file is called."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.file_integrity import check_file_complete
+from nnunetv2_semi.errors import one_line
+from nnunetv2_semi.processes.pool import results_in_parallel
+
+HASHES_FILE = "semi_content_hashes.json"
+_CACHE_VERSION = 1
+_SECONDS_BETWEEN_SAVES = 20.0
+
+
+@dataclass(frozen=True)
+class ImageContent:
+    """What one image file holds.
+
+    Attributes:
+        digest: BLAKE2b of shape and decoded voxels (hexadecimal); the same for two files with equal voxels, whatever
+            their compression or integer type.
+        constant: all voxels are equal, so that the image says nothing about which patient it shows.
+        shape: (C, X, Y, Z) as nnU-Net's reader gives it; C is 1 unless the file holds several channels.
+        spacing: mm, one per spatial axis in the reader's order.
+    """
+
+    digest: str
+    constant: bool
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two cases that share the voxels of a channel: files `file` and `other_file` are the same image."""
+
+    case: str
+    file: str
+    other_case: str
+    other_file: str
+
+
+def read_content(path: str, reader_name: str) -> ImageContent:
+    """Read one image file with nnU-Net's reader of that name.
+
+    Raises:
+        Exception: whatever the reader or `check_file_complete` raises on a damaged file; ValueError for voxels that are
+            not finite.
+    """
+    check_file_complete(path)
+    voxels, properties = recursive_find_reader_writer_by_name(reader_name)().read_images([path])
+    voxels = np.ascontiguousarray(voxels, dtype=np.float32)
+    low, high = float(voxels.min()), float(voxels.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("the image has voxels that are not finite numbers (NaN or infinity)")
+    voxels += 0.0  # minus zero and zero are the same intensity
+    hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
+    hasher.update(voxels.data)
+    return ImageContent(
+        digest=hasher.hexdigest(),
+        constant=low == high,
+        shape=tuple(int(size) for size in voxels.shape),
+        spacing=tuple(float(size) for size in properties["spacing"]),
+    )
+
+
+def image_contents(
+    files: Iterable[str],
+    *,
+    raw_dataset_folder: str,
+    cache_file: str,
+    reader_name: str,
+    num_processes: int,
+    show_progress_bar: bool = True,
+) -> tuple[dict[str, ImageContent], dict[str, str]]:
+    """Content of each image file; files read before and unchanged since (size, modification time) are not read again.
+
+    Args:
+        files: paths.
+        raw_dataset_folder: paths below it are cached relative to it.
+        cache_file: JSON, written whole now and then and at the end.
+        reader_name: nnU-Net's reader, as in the plans ("image_reader_writer").
+        num_processes: of the reading.
+        show_progress_bar: one step per file that has to be read.
+
+    Returns:
+        Content by path, and the reason by path for files that cannot be read.
+    """
+    cache = read_json_object(cache_file) or {}
+    is_current = cache.get("reader") == reader_name and cache.get("version") == _CACHE_VERSION
+    known = cache.get("files", {}) if is_current else {}
+    contents: dict[str, ImageContent] = {}
+    unreadable: dict[str, str] = {}
+    stamps: dict[str, list[int]] = {}
+    for path in files:
+        stamps[path] = file_stamp(path)
+        entry = known.get(_cache_key(path, raw_dataset_folder))
+        if entry is not None and entry["stamp"] == stamps[path]:
+            contents[path] = content_from_json(entry["content"])
+
+    def save() -> None:
+        for path, content in contents.items():
+            known[_cache_key(path, raw_dataset_folder)] = {"stamp": stamps[path], "content": asdict(content)}
+        write_json_whole(cache_file, {"version": _CACHE_VERSION, "reader": reader_name, "files": known})
+
+    to_read = [path for path in stamps if path not in contents]
+    if not to_read:
+        return contents, unreadable
+    last_save = time.monotonic()
+    try:
+        for path, (content, reason) in results_in_parallel(
+            partial(_content_or_reason, reader_name=reader_name),
+            to_read,
+            num_processes=num_processes,
+            description="Reading images",
+            show_progress_bar=show_progress_bar,
+        ):
+            if content is None:
+                unreadable[path] = reason
+            else:
+                contents[path] = content
+            if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
+                save()
+                last_save = time.monotonic()
+    finally:
+        save()
+    return contents, dict(sorted(unreadable.items()))
+
+
+def find_duplicates(
+    unlabelled: Mapping[str, Iterable[str]],
+    contents: Mapping[str, ImageContent],
+    labelled: Mapping[str, Iterable[str]] | None = None,
+) -> list[Duplicate]:
+    """Pairs of cases that share the content of any channel under another name; one entry per pair of cases.
+
+    Args:
+        unlabelled: case name to its image files.
+        contents: content by file; files that are absent from it are not compared.
+        labelled: case name to its image files. If given, each unlabelled case is compared with these; if not,
+            unlabelled cases are compared with each other.
+
+    Constant images (a filler for a channel that was not taken) are not the same image.
+    """
+    first_with_digest: dict[str, tuple[str, str]] = {}
+    if labelled is not None:
+        for case, files in labelled.items():
+            for file in files:
+                if file in contents and not contents[file].constant:
+                    first_with_digest.setdefault(contents[file].digest, (case, file))
+    duplicates: dict[tuple[str, str], Duplicate] = {}
+    for case, files in unlabelled.items():
+        for file in files:
+            if file not in contents or contents[file].constant:
+                continue
+            if labelled is None:
+                other_case, other_file = first_with_digest.setdefault(contents[file].digest, (case, file))
+                found = other_case != case
+            else:
+                other_case, other_file = first_with_digest.get(contents[file].digest, ("", ""))
+                found = bool(other_file)
+            if found:
+                duplicates.setdefault((case, other_case), Duplicate(case, file, other_case, other_file))
+    return list(duplicates.values())
+
+
+def geometry_difference(files: Iterable[str], contents: Mapping[str, ImageContent]) -> str | None:
+    """How the channels of one case differ in shape or spacing; None if they agree (as nnU-Net requires)."""
+    present = [(os.path.basename(file), contents[file]) for file in files if file in contents]
+    for name, content in present[1:]:
+        first_name, first = present[0]
+        if content.shape[1:] != first.shape[1:]:
+            return f"shape {list(content.shape[1:])} of {name} differs from {list(first.shape[1:])} of {first_name}"
+        if content.spacing != first.spacing:
+            return f"spacing {list(content.spacing)} of {name} differs from {list(first.spacing)} of {first_name}"
+    return None
+
+
+def file_stamp(path: str) -> list[int]:
+    """Size (bytes) and modification time (ns) of a file: what tells that it changed."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def content_from_json(entry: dict) -> ImageContent:
+    """Inverse of `dataclasses.asdict` after a trip through JSON, which turns tuples into lists."""
+    return ImageContent(
+        digest=entry["digest"],
+        constant=entry["constant"],
+        shape=tuple(entry["shape"]),
+        spacing=tuple(entry["spacing"]),
+    )
+
+
+def _content_or_reason(path: str, reader_name: str) -> tuple[ImageContent | None, str]:
+    try:
+        return read_content(path, reader_name), ""
+    except MemoryError:
+        raise
+    except Exception as error:  # readers raise whatever their libraries do
+        return None, one_line(error)
+
+
+def _cache_key(path: str, raw_dataset_folder: str) -> str:
+    relative = os.path.relpath(path, raw_dataset_folder)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative

@@ -1,0 +1,92 @@
+"""What the trainer and a method tell each other: batches, terms of the loss, and what the trainer knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nnunetv2_semi.losses.predictions import Logits
+from nnunetv2_semi.methods.arrangement import Arrangement
+
+Target = torch.Tensor | list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's patches on the training device.
+
+    labelled: (B, C, *spatial). target: nnU-Net's target, a list with deep supervision.
+    unlabelled: (B_u, C, *spatial); an empty tensor for methods that need none.
+    labelled_present, unlabelled_present: bool (B, modalities) and (B_u, modalities) on the CPU, which modalities (in
+    the order of ``Context.modalities``) the case of each patch has; None: all.
+    """
+
+    labelled: torch.Tensor
+    target: Target
+    unlabelled: torch.Tensor
+    labelled_present: torch.Tensor | None = None
+    unlabelled_present: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of the loss: ``weight * value`` is minimised, ``value`` and ``weight`` are logged.
+
+    value: a scalar with a graph. supervised: it comes from labelled voxels; other terms are left out of a step in which
+    they are not finite. applies: False where no patch of the step is of its kind; it counts for nothing then.
+    """
+
+    name: str
+    value: torch.Tensor
+    weight: float = 1.0
+    supervised: bool = False
+    applies: bool = True
+
+
+@dataclass(frozen=True)
+class WholeCase:
+    """A labelled training case, cropped or padded to the patch size about its centre, without augmentation.
+
+    image: (C, *spatial). target: nnU-Net's (channels, *spatial), without deep supervision. modalities: numbers of those
+    that it has, in the order of ``Context.modalities``.
+    """
+
+    name: str
+    image: torch.Tensor
+    target: torch.Tensor
+    modalities: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the trainer tells a method.
+
+    supervised_loss: nnU-Net's loss of (logits, target), deep supervision included. weighted_loss: the same of (logits,
+    labels, weight of each voxel), see `WeightedDiceCE`. regions: region-based labels.
+    spacing: of the configuration, mm per axis of a patch. modalities: name -> channels. arrangement: of a step's
+    passes.
+    scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
+    patch_size: voxels per axis. image_size: median of the images, voxels of the configuration's spacing; three axes
+    where patches are slices of 3D images. num_heads: channels of the logits. training_cases: the fold's labelled
+    training cases, in alphabetical order, read one by one. mirror_axes: spatial axes of a patch that may be mirrored,
+    from 0.
+    single_components: whether each foreground label is one connected component in every labelled training case that
+    has it (in 2D in every slice); reads their labels.
+    """
+
+    supervised_loss: Callable[[Logits, Target], torch.Tensor]
+    weighted_loss: Callable[[Logits, torch.Tensor, torch.Tensor], torch.Tensor]
+    regions: bool
+    ignore_label: int | None
+    spacing: tuple[float, ...]
+    modalities: dict[str, list[int]]
+    arrangement: Arrangement
+    scale_weights: tuple[float, ...]
+    patch_size: tuple[int, ...]
+    image_size: tuple[float, ...]
+    num_heads: int
+    training_cases: Callable[[], Iterator[WholeCase]]
+    mirror_axes: tuple[int, ...]
+    single_components: Callable[[], bool]

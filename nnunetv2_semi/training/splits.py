@@ -1,0 +1,33 @@
+"""Splits of data sets with fewer labelled cases than nnU-Net has folds."""
+
+from __future__ import annotations
+
+import os
+
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semi import compat
+from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.errors import UserError
+
+NNUNET_FOLDS = 5
+
+
+def write_small_split(trainer: nnUNetTrainer) -> None:
+    """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases.
+
+    Does nothing where a split exists or fold is "all". Raises UserError for a fold that the cases do not make.
+    """
+    path = os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
+    if trainer.fold == "all" or os.path.isfile(path):
+        return
+    folder = trainer.preprocessed_dataset_folder
+    cases = infer_dataset_class(folder).get_identifiers(folder)
+    if len(cases) >= NNUNET_FOLDS:
+        return
+    if len(cases) < 2 or trainer.fold >= len(cases):
+        raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
+                        f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
+    trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
+    write_json_whole(path, compat.crossval_split(cases, len(cases)))

@@ -1,0 +1,61 @@
+"""nnU-Net's own trainer with the length, learning rate and seed of a study: the reference that is not ours."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nnunetv2_semi import compat
+from nnunetv2_semi.data.atomic_files import whole_file
+from nnunetv2_semi.methods.settings import Settings, settings_from_plan
+from nnunetv2_semi.training import splits
+
+
+class nnUNetTrainerSemiStock(nnUNetTrainer):
+    """nnU-Net's loader, augmentation, loss and step. Of the ``"semi"`` object: num_epochs, num_iterations_per_epoch,
+    num_val_iterations_per_epoch, save_every, initial_lr, momentum, deep_supervision, seed, final_validation.
+
+    Its worker processes draw patches unseeded, so a seed decides the initial weights alone.
+    """
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
+                 device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = settings_from_plan(Settings, self.configuration_manager.configuration.get("semi", {}), "Stock")
+        compat.take_over_settings(self, self.settings)
+        compat.no_more_threads_than_cores(self.device)
+        self._trained_here = False
+
+    def initialize(self) -> None:
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(self.settings.seed)
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[Optimizer, LRScheduler]:
+        optimizer, schedule = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["momentum"] = self.settings.momentum
+            group["nesterov"] = self.settings.momentum > 0
+        return optimizer, schedule
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        splits.write_small_split(self)
+        return super().do_split()
+
+    def run_training(self) -> None:
+        self._trained_here = True
+        super().run_training()
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            with whole_file(filename) as unfinished:
+                super().save_checkpoint(unfinished)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        if self.settings.final_validation or not self._trained_here:
+            super().perform_actual_validation(save_probabilities)
