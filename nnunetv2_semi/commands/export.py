@@ -15,6 +15,8 @@ from nnunetv2_semi.data.dataset_settings import folder_name
 from nnunetv2_semi.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nnunetv2_semi.methods.base import Method
 
 _PER_CHANNEL = ("normalization_schemes", "use_mask_for_norm")
@@ -66,8 +68,8 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         configuration = checkpoint["init_args"]["configuration"]
         method = _method_of(checkpoint["trainer_name"])
-        models = method.stock_models(plans["configurations"][configuration].get("semi", {}),
-                                     checkpoint["network_weights"], len(dataset_json["channel_names"]))
+        network = _deployed_network(method, plans, configuration, dataset_json, checkpoint["network_weights"])
+        models = method.stock_networks(network, len(dataset_json["channel_names"]))
         for name, (channels, weights) in _chosen(models, modality, method.name).items():
             one_of_several = len(models) > 1 and modality is None
             folder = os.path.join(output_folder, folder_name(name)) if one_of_several else output_folder
@@ -112,6 +114,20 @@ def _method_of(trainer_name: str) -> type[Method]:
         raise UserError(f"The model was trained with {trainer_name}, which is not a trainer of this package: it needs "
                         "no export.")
     return method
+
+
+def _deployed_network(method: type[Method], plans: dict, configuration: str, dataset_json: dict,
+                      weights: dict) -> nn.Module:
+    """The network as nnU-Net's predictor builds it, with the checkpoint's weights."""
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(copy.deepcopy(plans))
+    chosen = manager.get_configuration(configuration)
+    network = method.build_student(manager, chosen, determine_num_input_channels(manager, chosen, dataset_json),
+                                   manager.get_label_manager(dataset_json).num_segmentation_heads, False)
+    network.load_state_dict(weights)
+    return network
 
 
 def _chosen(models: Mapping[str, tuple], modality: str | None, method: str) -> dict[str, tuple]:

@@ -25,6 +25,7 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import Logits, agreement
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
+from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 from nnunetv2_semi.schedules import sigmoid_ramp_up
 from nnunetv2_semi.teachers import Teacher
 
@@ -159,18 +160,24 @@ class Method(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         """Networks validated by themselves besides ``deployable``, by name; each takes the whole image."""
-        return {}
+        deployed = self.deployable()
+        return deployed.parts() if isinstance(deployed, Deployed) else {}
 
     def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
         """Which images can be predicted by the part ``name`` alone: bool (B,), of ``present``, bool (B, modalities)."""
-        return torch.ones(len(present), dtype=torch.bool)
+        deployed = self.deployable()
+        return deployed.part_applies(name, present) if isinstance(deployed, Deployed) \
+            else torch.ones(len(present), dtype=torch.bool)
 
     def predictions(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
         """What the deployed network, and what each part, makes of ``image`` (B, C, *spatial).
 
-        For validation in each epoch and pictures; a method whose parts share passes does those once.
+        For validation in each epoch and pictures.
         """
-        return self.deployable()(image), {name: part(image) for name, part in self.parts().items()}
+        deployed = self.deployable()
+        if isinstance(deployed, Deployed):
+            return deployed.with_parts(image)
+        return deployed(image), {name: part(image) for name, part in self.parts().items()}
 
     def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
         """What to show of a patch (1, C, *spatial) in pictures.png: name -> logits, and name -> map (1, *spatial).
@@ -181,15 +188,16 @@ class Method(nn.Module):
         return {"prediction": deployed, **parts}, {}
 
     @classmethod
-    def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
-                     num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
-        """The parts of deployed ``weights`` that are plain nnU-Net networks: name -> (channels, state dict).
+    def stock_networks(cls, deployed: nn.Module, num_channels: int) -> dict[str, StockNetwork]:
+        """The parts of a ``deployed`` network that are nnU-Net's own, by name; none where stock nnU-Net cannot run it.
 
-        semi: the ``"semi"`` object in the model's plans. Empty where the deployed network is not nnU-Net's own.
+        num_channels: of the whole image.
         """
+        if isinstance(deployed, Deployed):
+            return deployed.stock_networks()
         if cls.build_student.__func__ is not Method.build_student.__func__:  # type: ignore[attr-defined]
             return {}
-        return {"": (list(range(num_channels)), weights)}
+        return {"": (list(range(num_channels)), deployed.state_dict())}
 
 
 def require_modalities(context: Context, need: str, example: str) -> None:
@@ -201,8 +209,3 @@ def require_modalities(context: Context, need: str, example: str) -> None:
     if len(names) < 2:
         raise UserError(f"{need}; this data set has only {names}. Name them in dataset.json: "
                         f'"semi": {{"modalities": {example}}}. With one modality use nnUNetTrainerSemiMeanTeacher.')
-
-
-def weights_under(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those of ``weights`` (a state dict) whose names begin with ``prefix``, without it."""
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
 from nnunetv2_semi.losses.local_ncc import local_ncc_map
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_dice_loss, weighted_soft_cross_entropy
-from nnunetv2_semi.methods.base import Method, require_modalities, weights_under
+from nnunetv2_semi.methods.base import Method, require_modalities
 from nnunetv2_semi.methods.contract import Batch, Context, Term, WholeCase
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
-from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predict, Predicting
+from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predict
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.channel_tokens import ChannelTokens
 from nnunetv2_semi.networks.modality_encoders import Pyramid
@@ -321,13 +321,6 @@ class MASS(Method):
 
     # deployment
 
-    def parts(self) -> dict[str, nn.Module]:
-        return {how: Predicting(self.student, how) for how in get_args(Predict) if how != self.settings.predict}
-
-    def predictions(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
-        each = self.student.predictions(image)
-        return each.pop(self.settings.predict), each
-
     def picture(self, image: torch.Tensor) -> tuple[dict[str, Logits], dict[str, torch.Tensor]]:
         """All predictions, and a grid deformed as the first atlas is to match the patch."""
         network = self.student
@@ -337,19 +330,6 @@ class MASS(Method):
         displacement = network.displacement(pyramid, network.encoders(source), image.shape[2:])
         grid = warp(_grid(image.shape[2:], image.device), displacement)[0]
         return network.predictions(image), {"grid": grid}
-
-    @classmethod
-    def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
-                     num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
-        models = {}
-        for index, (name, channels) in enumerate(semi["modalities"].items()):
-            encoder = weights_under(weights, f"encoders.encoders.{index}.")
-            decoder = weights_under(weights, "encoders.decoder.")
-            # nnU-Net's decoder refers to its encoder: the weights of that stand in its state twice
-            models[name] = (channels, {**{f"encoder.{key}": value for key, value in encoder.items()},
-                                       **{f"decoder.{key}": value for key, value in decoder.items()},
-                                       **{f"decoder.encoder.{key}": value for key, value in encoder.items()}})
-        return models
 
 
 def _voxels(sizes: Sequence[float]) -> str:

@@ -17,15 +17,15 @@ from torch import nn
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast, slices_as_areas
-from nnunetv2_semi.losses.predictions import Logits, foreground, full_resolution, probabilities
+from nnunetv2_semi.losses.predictions import foreground, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
-from nnunetv2_semi.methods.base import Method, require_modalities, weights_under
+from nnunetv2_semi.methods.base import Method, require_modalities
 from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.modality_scores import ModalityScores
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting
-from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality
+from nnunetv2_semi.networks.modality_branches import ModalityBranches
 from nnunetv2_semi.teachers import BestModelAverage, EMATeacher, Teacher
 
 
@@ -312,23 +312,3 @@ class SemiCML(Method):
             return self.student
         averaged = {name: teacher.network for name, teacher in zip(self.names, self.teachers, strict=True)}
         return ModalityBranches(averaged, self.student.channels, self.student.regions)
-
-    def parts(self) -> dict[str, nn.Module]:
-        deployed = self.deployable()
-        assert isinstance(deployed, ModalityBranches)
-        return {name: SingleModality(deployed, name) for name in self.names}
-
-    def predictions(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
-        deployed = self.deployable()
-        assert isinstance(deployed, ModalityBranches)
-        each = deployed.each(image)
-        return deployed.mean(image, each), each
-
-    def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
-        return present[:, self.names.index(name)]
-
-    @classmethod
-    def stock_models(cls, semi: dict, weights: dict[str, torch.Tensor],
-                     num_channels: int) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
-        return {name: (channels, weights_under(weights, f"branches.{index}."))
-                for index, (name, channels) in enumerate(semi["modalities"].items())}

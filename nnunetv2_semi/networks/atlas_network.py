@@ -16,6 +16,7 @@ from nnunetv2_semi.losses.local_ncc import local_ncc_map
 from nnunetv2_semi.losses.predictions import Logits, probabilities
 from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.correspondence import CorrespondenceHead
+from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 from nnunetv2_semi.networks.modality_branches import mean_at_all_scales
 from nnunetv2_semi.networks.modality_encoders import ModalityEncoders, Pyramid
 from nnunetv2_semi.networks.warp import warp
@@ -25,7 +26,7 @@ Predict = Literal["segmentation", "atlas", "both"]
 _EPS = 1e-4  # of probabilities whose logarithm is taken
 
 
-class AtlasNetwork(nn.Module):
+class AtlasNetwork(Deployed):
     """Encoders per modality, a shared decoder with a segmentation and a correspondence head, and atlases.
 
     networks, channels: see `ModalityEncoders`. atlases: its atlases. dimensions: 2 or 3. predict: what a forward pass
@@ -80,6 +81,19 @@ class AtlasNetwork(nn.Module):
         means = {predict: mean_at_all_scales(outputs, self.atlases.regions, votes)
                  for predict, outputs in single.items()}
         return {predict: scales if self.decoder.deep_supervision else scales[0] for predict, scales in means.items()}
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The other ways to predict."""
+        return {how: Predicting(self, how) for how in get_args(Predict) if how != self.predict}
+
+    def with_parts(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
+        """All ways to predict, of shared passes."""
+        each = self.predictions(image)
+        return each.pop(self.predict), each
+
+    def stock_networks(self) -> dict[str, StockNetwork]:
+        """The segmentation head with each modality's encoder."""
+        return {name: (self.encoders.channels[name], self.encoders.stock_weights(name)) for name in self.encoders.names}
 
     def only(self, image: torch.Tensor, modality: int | torch.Tensor) -> torch.Tensor:
         """``image`` (B, C, *spatial) with the channels of ``modality`` (one, or one for each patch) alone."""

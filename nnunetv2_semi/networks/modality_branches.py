@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from nnunetv2_semi.losses.predictions import Logits, all_scales
+from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 
-class ModalityBranches(nn.Module):
+class ModalityBranches(Deployed):
     """One segmentation network per modality of the same patient.
 
     branches: modality name -> network that takes this modality's channels (B, C_m, *spatial) to logits
@@ -54,6 +55,23 @@ class ModalityBranches(nn.Module):
         present = present_modalities(present_channels(image), self.channels.values())
         scales = mean_at_all_scales([all_scales(logits) for logits in each.values()], self.regions, present)
         return scales[0] if isinstance(each[self.names[0]], torch.Tensor) else scales
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Each modality's network by itself."""
+        return {name: SingleModality(self, name) for name in self.names}
+
+    def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
+        """Images that have the modality."""
+        return present[:, self.names.index(name)]
+
+    def with_parts(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
+        """The mean and each modality's logits, of one pass through each branch."""
+        each = self.each(image)
+        return self.mean(image, each), each
+
+    def stock_networks(self) -> dict[str, StockNetwork]:
+        """Each branch is one."""
+        return {name: (self.channels[name], self.branch(name).state_dict()) for name in self.names}
 
 
 class SingleModality(nn.Module):

@@ -42,6 +42,14 @@ class ModalityEncoders(nn.Module):
         """Channels of the decoder stages' features, coarsest stage first."""
         return [layer.in_channels for layer in self.decoder.seg_layers]
 
+    def stock_weights(self, name: str) -> dict[str, torch.Tensor]:
+        """State dict of nnU-Net's network with the encoder of modality ``name`` and the shared decoder."""
+        encoder = self.encoders[self.names.index(name)].state_dict()
+        # nnU-Net's decoder refers to its encoder: the weights of that stand in its state twice.
+        return {**{f"encoder.{key}": value for key, value in encoder.items()},
+                **{f"decoder.{key}": value for key, value in self.decoder.state_dict().items()},
+                **{f"decoder.encoder.{key}": value for key, value in encoder.items()}}
+
     def present_modalities(self, image: torch.Tensor) -> torch.Tensor:
         """Which modalities each ``image`` (B, C, *spatial) has: bool (B, modalities); all where there is none."""
         present = present_modalities(present_channels(image), self.channels.values())

@@ -236,8 +236,7 @@ def test_state_is_restored_whole(small):
 
 def test_deployed_weights_split_into_one_network_per_modality(small):
     method = make(small, deploy="teacher")
-    weights = method.deployable().state_dict()
-    models = SemiCML.stock_models({"modalities": {"m0": [0], "m1": [1]}}, weights, 2)
+    models = SemiCML.stock_networks(method.deployable(), 2)
     image = torch.randn(1, 2, 8, 8, 8)
     for name, (channels, own) in models.items():
         network = small.network(1, 3)
