@@ -30,6 +30,7 @@ from nnunetv2_semi.distributed import (
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import dice_from_counts
 from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
@@ -82,7 +83,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         compat.take_over_settings(self, self.settings)
         compat.no_more_threads_than_cores(self.device)
 
-        self.schedules: list = []
+        self.optimizations: list[Optimization] = []
         self._epoch_values = EpochValues()
         self._steps_in_epoch = 0
         self._restored = False
@@ -133,8 +134,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             for network in self.method.called_networks():
                 network.compile()
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        self.step = TrainingStep(self.method, self.schedules, self.grad_scaler, self.device, seed=self.settings.seed,
-                                 rank=self.local_rank, max_skipped_steps=self.settings.max_skipped_steps)
+        self.step = TrainingStep(self.method, self.optimizations, self.grad_scaler, self.device, rank=self.local_rank,
+                                 seed=self.settings.seed, max_skipped_steps=self.settings.max_skipped_steps)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
         self.print_to_log_file(f"Method {self.method.name}, passes "
@@ -143,8 +144,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def configure_optimizers(self) -> tuple:
         """The method's optimisers and schedules; the first pair is the one nnU-Net knows of."""
-        self.schedules = self.method.optimizers(self.initial_lr, self.weight_decay, self.num_epochs)
-        return self.schedules[0]
+        self.optimizations = self.method.optimizers(self.initial_lr, self.weight_decay, self.num_epochs)
+        return self.optimizations[0].optimizer, self.optimizations[0].schedule
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch it in all networks of the method; never on where the settings have it off."""
@@ -211,8 +212,9 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         unlabelled_foreground.look_again(self)
         self.method.train()
         super().on_train_epoch_start()
-        for _, schedule in self.schedules[1:]:
-            schedule.step(self.current_epoch)
+        for optimization in self.optimizations[1:]:
+            if optimization.scheduled_every == "epoch":
+                optimization.schedule.step(self.current_epoch)
         self._epoch_values, self._steps_in_epoch = EpochValues(), 0
         self._bar = tqdm(total=self.num_iterations_per_epoch, desc=f"epoch {self.current_epoch}", leave=False,
                          disable=None if self.local_rank == 0 else True)

@@ -15,15 +15,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import Logits, agreement
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
+from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 from nnunetv2_semi.schedules import sigmoid_ramp_up
@@ -86,23 +85,17 @@ class Method(nn.Module):
         """
         return []
 
-    def optimizers(self, initial_lr: float, weight_decay: float,
-                   num_epochs: int) -> list[tuple[torch.optim.Optimizer, LRScheduler]]:
-        """Optimisers with their schedules, stepped once an epoch with its number. Default: nnU-Net's for all that
-        trains.
+    def optimizers(self, initial_lr: float, weight_decay: float, num_epochs: int) -> list[Optimization]:
+        """The optimisers. Default: nnU-Net's for all that trains.
 
-        The first is the one that nnU-Net logs and saves as its own.
+        The first is the one that nnU-Net logs, saves as its own and schedules by epochs.
         """
         return [self.sgd(self.parameters(), initial_lr, weight_decay, num_epochs)]
 
     def sgd(self, parameters: Iterable[nn.Parameter], initial_lr: float, weight_decay: float,
-            num_epochs: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        """nnU-Net's optimiser and schedule for those of ``parameters`` that train."""
-        trainable = [p for p in parameters if p.requires_grad]
-        momentum = self.settings.momentum
-        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=momentum, nesterov=momentum > 0,
-                                    weight_decay=weight_decay)
-        return optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs)
+            num_epochs: int) -> Optimization:
+        """nnU-Net's optimiser and schedule, with the settings' momentum, for those of ``parameters`` that train."""
+        return Optimization.sgd(parameters, initial_lr, weight_decay, self.settings.momentum, num_epochs)
 
     def called_networks(self) -> list[nn.Module]:
         """The networks that ``loss`` and prediction call: these are compiled, in place."""

@@ -16,7 +16,6 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi.data.affine_alignment import affine_transform, resampled
 from nnunetv2_semi.errors import UserError, one_line
@@ -27,6 +26,7 @@ from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilit
 from nnunetv2_semi.losses.soft_labels import soft_dice_loss, weighted_soft_cross_entropy
 from nnunetv2_semi.methods.base import Method, require_modalities
 from nnunetv2_semi.methods.contract import Batch, Context, Term, WholeCase
+from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork, Predict
@@ -161,8 +161,7 @@ class MASS(Method):
     def called_networks(self) -> list[nn.Module]:
         return [self.student.encoders, self.student.correspondence]
 
-    def optimizers(self, initial_lr: float, weight_decay: float,
-                   num_epochs: int) -> list[tuple[torch.optim.Optimizer, LRScheduler]]:
+    def optimizers(self, initial_lr: float, weight_decay: float, num_epochs: int) -> list[Optimization]:
         """nnU-Net's for encoders and decoder; Adam for the correspondence head and the tokens.
 
         At nnU-Net's learning rate displacements, which nothing bounds, grow until every voxel lies outside the atlas.
@@ -171,7 +170,7 @@ class MASS(Method):
         learning_rate = self.settings.correspondence_lr
         adam = torch.optim.Adam(registration, learning_rate)
         return [self.sgd(self.student.encoders.parameters(), initial_lr, weight_decay, num_epochs),
-                (adam, PolyLRScheduler(adam, learning_rate, num_epochs))]
+                Optimization(adam, PolyLRScheduler(adam, learning_rate, num_epochs))]
 
     def on_start(self) -> None:
         super().on_start()

@@ -33,7 +33,7 @@ def contents(trainer: nnUNetTrainerSemi) -> dict[str, object]:
 
     The random state is not among it: every step's is drawn anew from (seed, step), so the epoch number says it all.
     """
-    scaler, further = trainer.grad_scaler, trainer.schedules[1:]
+    scaler, further = trainer.grad_scaler, trainer.optimizations[1:]
     return {
         "network_weights": trainer.method.deployable().state_dict(),
         "optimizer_state": trainer.optimizer.state_dict(),
@@ -47,7 +47,7 @@ def contents(trainer: nnUNetTrainerSemi) -> dict[str, object]:
         KEY: {
             "version": __version__, "method": trainer.method.name, "semi": dict(trainer.semi),
             "method_state": trainer.method.state_dict(),
-            "optimizer_states": [{"optimizer": o.state_dict(), "schedule": s.state_dict()} for o, s in further],
+            "optimizer_states": [optimization.state_dict() for optimization in further],
             "unlabelled_foreground": trainer.foreground,
         },
     }
@@ -66,9 +66,8 @@ def restore(trainer: nnUNetTrainerSemi, checkpoint: Mapping[str, Any], path: str
     trainer.method.load_state_dict(ours["method_state"])
     trainer.foreground = ours.get("unlabelled_foreground", {})
     trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
-    for (optimizer, schedule), state in zip(trainer.schedules[1:], ours["optimizer_states"], strict=True):
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+    for optimization, state in zip(trainer.optimizations[1:], ours["optimizer_states"], strict=True):
+        optimization.load_state_dict(state)
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
 

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi.distributed import all_agree, average_gradients
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Term
-
-_GRADIENT_CLIP = 12.0  # nnU-Net's
+from nnunetv2_semi.methods.optimization import Optimization
 
 
 class TrainingStep:
     """Runs a method's steps; every step is a function of weights, batch, seed, rank and step number.
 
-    schedules: the method's optimisers with their schedules. grad_scaler: nnU-Net's, None without mixed precision.
-    max_skipped_steps: so many incomplete steps in a row raise RuntimeError.
+    optimizations: the method's optimisers with what goes with them. grad_scaler: nnU-Net's, None without mixed
+    precision. max_skipped_steps: so many incomplete steps in a row raise RuntimeError.
     """
 
-    def __init__(self, method: Method, schedules: list[tuple[torch.optim.Optimizer, LRScheduler]],
+    def __init__(self, method: Method, optimizations: Sequence[Optimization],
                  grad_scaler: torch.amp.GradScaler | None, device: torch.device, *, seed: int, rank: int,
                  max_skipped_steps: int) -> None:
-        self.method, self.schedules, self.grad_scaler, self.device = method, schedules, grad_scaler, device
+        self.method, self.optimizations, self.grad_scaler, self.device = method, optimizations, grad_scaler, device
         self.seed, self.rank, self.max_skipped_steps = seed, rank, max_skipped_steps
         self._skipped_in_a_row = 0
 
@@ -41,10 +40,13 @@ class TrainingStep:
         torch.manual_seed(_step_seed(self.seed, self.rank, step))
         self.method.progress = progress
         self.method.metrics = {}
-        for optimizer, _ in self.schedules:
-            optimizer.zero_grad(set_to_none=True)
+        for optimization in self.optimizations:
+            optimization.optimizer.zero_grad(set_to_none=True)
         terms, complete = self._differentiate(batch)
         complete = self._update_weights() and complete
+        for optimization in self.optimizations:
+            if optimization.scheduled_every == "step":
+                optimization.schedule.step(step + 1)
         self.method.after_step()
         self._count_skipped(complete, terms)
         values: dict[str, torch.Tensor | float] = {"skipped_steps": float(not complete)}
@@ -93,14 +95,15 @@ class TrainingStep:
     def _update_weights(self) -> bool:
         """Step every optimiser; False if a gradient was not finite, in which case its optimiser did not step."""
         finite = True
-        for optimizer, _ in self.schedules:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for optimization in self.optimizations:
+            optimizer, parameters = optimization.optimizer, optimization.parameters()
             average_gradients(parameters)
             if all(p.grad is None for p in parameters):
                 continue
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, _GRADIENT_CLIP)
+            clip = inf if optimization.gradient_clip is None else optimization.gradient_clip
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
             if self.grad_scaler is not None:
                 self.grad_scaler.step(optimizer)  # leaves the step out by itself, and lowers its scale
             elif isfinite(float(norm)):

@@ -98,7 +98,7 @@ def test_continued_it_ends_with_the_same_weights(small, cls):
     continued = cls(small.network(2, 3), interrupted.settings, interrupted.context)
     continued.load_state_dict(interrupted.state_dict())
     continuing = step_of(continued)
-    continuing.schedules[0][0].load_state_dict(steps[1].schedules[0][0].state_dict())
+    continuing.optimizations[0].load_state_dict(steps[1].optimizations[0].state_dict())
     for step in (steps[0], continuing):
         step.run(small.batch(seed=2), 2, PROGRESS[2])
     assert same(whole, continued, rtol=0, atol=0)

@@ -82,7 +82,8 @@ def test_correspondence_has_an_optimiser_of_its_own_and_everything_has_one(small
     """At nnU-Net's learning rate displacements grow without bound."""
     batch = unpaired(small)
     method = started(small, batch, contrast_weight=contrast_weight, correspondence_lr=2e-4)
-    (sgd, _), (adam, schedule) = method.optimizers(1e-2, 0.0, 10)
+    first, second = method.optimizers(1e-2, 0.0, 10)
+    sgd, adam, schedule = first.optimizer, second.optimizer, second.schedule
     groups = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (sgd, adam)]
     assert groups[0].isdisjoint(groups[1])
     assert groups[0] | groups[1] == {id(p) for p in method.parameters() if p.requires_grad}

@@ -1,0 +1,50 @@
+"""How some of a method's parameters are optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+NNUNETS_GRADIENT_CLIP = 12.0
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """An optimiser, with what goes with it.
+
+    schedule: of its learning rate, stepped before every "epoch" with its number, or after every training "step" with
+    the number of the next one. gradient_clip: largest norm of the gradient of all its parameters; None: not clipped.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    scheduled_every: Literal["epoch", "step"] = "epoch"
+    gradient_clip: float | None = NNUNETS_GRADIENT_CLIP
+
+    @classmethod
+    def sgd(cls, parameters: Iterable[nn.Parameter], initial_lr: float, weight_decay: float, momentum: float,
+            num_epochs: int) -> Optimization:
+        """nnU-Net's optimiser and schedule for those of ``parameters`` that train."""
+        trainable = [p for p in parameters if p.requires_grad]
+        optimizer = torch.optim.SGD(trainable, initial_lr, momentum=momentum, nesterov=momentum > 0,
+                                    weight_decay=weight_decay)
+        return cls(optimizer, PolyLRScheduler(optimizer, initial_lr, num_epochs))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What it optimises."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state_dict(self) -> dict[str, dict]:
+        """Of optimiser and schedule."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """What `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
