@@ -39,7 +39,7 @@ from nnunetv2_semi.present_channels import present_modalities
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.training import batches, checkpoints, pictures, splits, unlabelled_foreground
 from nnunetv2_semi.training.context import build_context
-from nnunetv2_semi.training.logs import EpochValues, SemiLocalLogger, log_values, to_floats
+from nnunetv2_semi.training.logs import EpochValues, SemiLocalLogger, log_values, to_floats, values_of_terms
 from nnunetv2_semi.training.step import TrainingStep
 from nnunetv2_semi.training.validation import Predicted, rows_with_own_target
 
@@ -59,6 +59,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     configuration_manager: ConfigurationManager
     output_folder: str
     dataloader_train: BatchStream
+    dataloader_val: BatchStream
     was_initialized: bool
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
@@ -225,16 +226,12 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         terms, values = self.step.run(batches.on_device(batch, self.modalities, self.device), step,
                                       step / (self.num_epochs * self.num_iterations_per_epoch))
         self._steps_in_epoch += 1
-        terms = [term for term in terms if term.applies]
-        for term in terms:
-            values[f"loss_{term.name}"] = term.value
-            if not term.supervised:
-                values[f"weight_{term.name}"] = term.weight
-        floats = to_floats(values)
+        floats = to_floats({**values, **values_of_terms(terms)})
         self._epoch_values.add(floats)
         if self._bar is not None:
             self._bar.update()
-        return {"loss": float(np.mean([floats[f"loss_{term.name}"] for term in terms if term.supervised] or [np.nan]))}
+        supervised = [floats[f"loss_{term.name}"] for term in terms if term.applies and term.supervised]
+        return {"loss": float(np.mean(supervised or [np.nan]))}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         self._close_bar()
@@ -297,15 +294,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             summed = sum_over_processes(torch.from_numpy(counts.astype(np.float32)).to(self.device))
             dice[f"validation_dice_{name}"] = float(dice_from_counts(summed))
         log_values(self, dice)
-        self._draw_picture()
-
-    def _draw_picture(self) -> None:
-        count = self.settings.pictures
-        if self.local_rank == 0 and pictures.is_shown(self.current_epoch, self.num_epochs, count):
-            torch.manual_seed(self.settings.seed)  # every step seeds anew
-            batch = self.dataloader_val.batches[0]["labelled"]  # the same one each time
-            pictures.draw(self.method, batch, self.label_manager, self.device,
-                                   self.configuration_manager.spacing, self.current_epoch, self.output_folder)
+        pictures.draw_when_due(self)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, of each part by itself into ``<fold>/<part>/validation``, then of the deployed one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite, nan
 
 import matplotlib
@@ -19,6 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa:
 from PIL import Image  # noqa: E402
 
 from nnunetv2_semi.data.atomic_files import whole_file  # noqa: E402
+from nnunetv2_semi.methods.contract import Term  # noqa: E402
 
 PREFIX = "semi/"
 
@@ -114,3 +115,10 @@ def log_values(trainer: nnUNetTrainer, values: Mapping[str, float]) -> None:
             weight = values.get(name.replace("loss_", "weight_"), None) if name.startswith("loss_") else None
             shown = f"{value:.4f}" if weight is None else f"{value:.4f} (weight {weight:.4f})"
             trainer.print_to_log_file(f"{name.removeprefix('loss_')} {shown}")
+
+
+def values_of_terms(terms: Iterable[Term]) -> dict[str, torch.Tensor | float]:
+    """What to log of the terms that apply: their values, and the weights of those of unlabelled voxels."""
+    applying = [term for term in terms if term.applies]
+    return {**{f"loss_{term.name}": term.value for term in applying},
+            **{f"weight_{term.name}": term.weight for term in applying if not term.supervised}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from nnunetv2_semi.losses.predictions import Logits, full_resolution
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.pictures import PictureRow, save_overview
 from nnunetv2_semi.present_channels import present_channels
+
+if TYPE_CHECKING:
+    from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
 FOLDER, PICTURE = "pictures", "pictures.png"
 # Black in a map is the value that 1 % of the voxels are below, or this where that is closer to 1.
@@ -93,3 +97,12 @@ def _values(labels: LabelManager) -> dict[str, int]:
     names = [name for name, value in labels.label_dict.items() if name not in ("background", "ignore") and value != 0]
     values = labels.regions_class_order if labels.has_regions else [labels.label_dict[name] for name in names]
     return dict(zip(names, values, strict=True))
+
+
+def draw_when_due(trainer: nnUNetTrainerSemi) -> None:
+    """After an epoch that is shown, the picture of the first validation batch, the same one each time."""
+    settings, epoch = trainer.settings, trainer.current_epoch
+    if trainer.local_rank == 0 and is_shown(epoch, trainer.num_epochs, settings.pictures):
+        torch.manual_seed(settings.seed)  # every step seeds anew
+        draw(trainer.method, trainer.dataloader_val.batches[0]["labelled"], trainer.label_manager, trainer.device,
+             trainer.configuration_manager.spacing, epoch, trainer.output_folder)
