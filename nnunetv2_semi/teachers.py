@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -47,18 +46,6 @@ class Teacher(nn.Module):
             torch._foreach_lerp_([o for o, _ in floats], [t for _, t in floats], share)
         for own, other in others:
             own.copy_(other)
-
-    @contextmanager
-    def dropout_active(self) -> Iterator[None]:
-        """Within the block dropout drops, for Monte-Carlo passes; everything else stays in evaluation mode."""
-        layers = [m for m in self.network.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-        for layer in layers:
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
 
 
 class EMATeacher(Teacher):

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import nn
 
@@ -45,14 +44,6 @@ def test_stays_in_evaluation_mode_and_out_of_the_graph():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_dropout_drops_within_the_block_only():
-    teacher, image = EMATeacher(network()), torch.randn(1, 1, 8, 8)
-    with teacher.dropout_active():
-        assert not torch.equal(teacher(image), teacher(image))
-        assert not teacher.network[1].training
-    assert torch.equal(teacher(image), teacher(image))
-
-
 def test_the_student_does_not_change_with_the_teacher():
     student = network()
     teacher = EMATeacher(student)
@@ -73,10 +64,3 @@ def test_the_number_of_updates_is_saved():
     assert restored.updates == 4
     restored.reset()
     assert restored.updates == 0
-
-
-def test_an_error_in_the_block_switches_dropout_off_again():
-    teacher = EMATeacher(network())
-    with pytest.raises(ZeroDivisionError), teacher.dropout_active():
-        raise ZeroDivisionError
-    assert not any(m.training for m in teacher.modules())

@@ -26,6 +26,7 @@ from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
+from nnunetv2_semi.networks.monte_carlo import summed_probabilities
 from nnunetv2_semi.teachers import BestModelAverage, EMATeacher, Teacher
 
 
@@ -250,15 +251,13 @@ class SemiCML(Method):
         number: torch.Tensor | float = 0.0
         for name in self._teaching():
             index = self.names.index(name)
-            own, teacher = self.student.select(image, name), self.teachers[index]
+            own = self.student.select(image, name)
             has = torch.ones(len(image)) if present is None else present[:, index]
             share = has.to(image, non_blocking=True).reshape(-1, *[1] * (image.ndim - 1))
             number = number + passes * share
-            with torch.no_grad(), teacher.dropout_active():
-                for _ in range(passes):
-                    # the paper's noise: clamp(0.1 N(0, 1), 0, 0.2), never negative
-                    single = probabilities(teacher(with_noise(own, noise, 0.0, 2 * noise)), self.context.regions)
-                    total = total + single * share
+            # the paper's noise: clamp(0.1 N(0, 1), 0, 0.2), never negative
+            noisy = (with_noise(own, noise, 0.0, 2 * noise) for _ in range(passes))
+            total = total + summed_probabilities(self.teachers[index].network, noisy, self.context.regions) * share
         assert isinstance(total, torch.Tensor) and isinstance(number, torch.Tensor)
         return total / number.clamp_min(1)
 

@@ -13,10 +13,10 @@ import torch
 
 from nnunetv2_semi.data.views import with_noise
 from nnunetv2_semi.losses.consistency import predictive_entropy
-from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
+from nnunetv2_semi.networks.monte_carlo import summed_probabilities
 from nnunetv2_semi.schedules import sigmoid_ramp_up
 
 
@@ -45,11 +45,8 @@ class UAMT(MeanTeacher):
     def counted(self, image: torch.Tensor) -> torch.Tensor:
         """By the uncertainty over noisy passes, whatever the student's perturbation is."""
         settings, regions = self.settings, self.context.regions
-        total: torch.Tensor | float = 0.0
-        with self.teacher.dropout_active():
-            for _ in range(settings.passes):
-                total = total + probabilities(self.teacher(with_noise(image, settings.noise)), regions)
-        mean = torch.as_tensor(total) / settings.passes
+        noisy = (with_noise(image, settings.noise) for _ in range(settings.passes))
+        mean = summed_probabilities(self.teacher.network, noisy, regions) / settings.passes
         ramp = sigmoid_ramp_up(self.progress, settings.threshold_ramp)
         threshold = settings.threshold + (1 - settings.threshold) * ramp
         certain = predictive_entropy(mean, regions) < threshold * math.log(2 if regions else mean.shape[1])
