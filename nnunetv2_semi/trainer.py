@@ -107,7 +107,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         """Build the method with its networks, the optimisers and nnU-Net's loss; weights depend on the seed alone."""
         if self.was_initialized:
             raise RuntimeError("initialize() was called twice")
-        self._refuse_cascade()
         self._set_batch_size_and_oversample()
         self.loss = self._build_loss()
         context = build_context(self)
@@ -153,13 +152,6 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         for module in self.method.modules():
             if hasattr(module, "deep_supervision"):
                 setattr(module, "deep_supervision", enabled and self.enable_deep_supervision)  # noqa: B010
-
-    def _refuse_cascade(self) -> None:
-        if self.is_cascaded and self.method_class.uses_unlabelled:
-            raise NotImplementedError(
-                f"{self.configuration_name} is the second stage of a cascade: it takes the first stage's predictions "
-                "as input, and unlabelled cases have none. Train 3d_fullres or 2d with this trainer, or the cascade "
-                "with nnUNetTrainerSemiSupervised.")
 
     # data
 

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 
 def build_context(trainer: nnUNetTrainerSemi) -> Context:
-    """The `Context` of a trainer whose loss is built."""
+    """The `Context` of a trainer whose loss is built.
+
+    Raises NotImplementedError for the second stage of a cascade, where the method needs unlabelled cases.
+    """
+    if trainer.is_cascaded and trainer.method_class.uses_unlabelled:
+        raise NotImplementedError(
+            f"{trainer.configuration_name} is the second stage of a cascade: it takes the first stage's predictions "
+            "as input, and unlabelled cases have none. Train 3d_fullres or 2d with this trainer, or the cascade "
+            "with nnUNetTrainerSemiSupervised.")
     labels, plan, settings = trainer.label_manager, trainer.configuration_manager, trainer.settings
     scale_weights = tuple(float(weight) for weight in getattr(trainer.loss, "weight_factors", (1.0,)))
     return Context(
