@@ -283,11 +283,14 @@ class Demo:
             shown = shown.replace(str(folder), f"${variable}")
         print(f"\n$ {shown.replace(str(self.work), '.')}", flush=True)
         log = log or self.logs / f"{name}.txt"
-        environment = dict(self.environment)
+        environment, cores = dict(self.environment), None
+        if name == "nnUNetv2_train" and self.device == "cpu" and hasattr(os, "sched_getaffinity"):
+            # Threads wait for each other longer than they work on patches so small: two take twice as long as one.
+            cores = sorted(os.sched_getaffinity(0))[:1]
         if name == "nnUNetv2_train":
             # For volumes so small, starting processes costs more than they would save. The planner takes no 0.
             environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
-        seconds = run_logged([self.commands[name], *arguments], log, environment, progress)
+        seconds = run_logged([self.commands[name], *arguments], log, environment, progress, cores)
         print(f"  took {seconds:.0f} s", flush=True)
 
 

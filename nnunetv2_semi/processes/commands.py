@@ -59,10 +59,11 @@ def prediction_options(device: str, mirroring: bool) -> list[str]:
     return [*options, "-npp", "0", "-nps", "0"] if device == "cpu" else options
 
 
-def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str], progress: Progress) -> float:
+def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str], progress: Progress,
+               cores: Sequence[int] | None = None) -> float:
     """Run a command with its output in a file, written anew, and a progress bar where there is a terminal.
 
-    However this ends, the command and all processes it started have ended before.
+    However this ends, the command and all processes it started have ended before. cores: see `run_watched`.
 
     Returns:
         Seconds it took.
@@ -80,7 +81,7 @@ def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str]
             bar.n = progress.done()
             bar.refresh()
 
-        return run_watched(command, log, environment, show)
+        return run_watched(command, log, environment, show, cores)
 
 
 def run_watched(
