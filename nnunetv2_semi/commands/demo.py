@@ -31,7 +31,7 @@ from nnunetv2_semi.processes.commands import (
 )
 
 # So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
-# 2D, so that a thousand iterations, after which the control lacks labels and not time, take minutes on a processor.
+# 2D, so that 800 iterations, after which the control lacks labels and not time, take minutes on a processor.
 LABELLED, UNLABELLED, TEST = 4, 60, 20
 SHAPE = (64, 64)
 DATASET_ID = 1
@@ -41,7 +41,7 @@ PLANNER, PLANS = "nnUNetPlannerSemiCPU", "nnUNetSemiCPUPlans"
 PICTURE = "demo.png"
 KEPT_FOLDER = "nnunetv2_semi_demo"
 EPOCHS = 10
-DEFAULT_ITERATIONS = 1000
+DEFAULT_ITERATIONS = 800
 SHOWN_CASES = 3
 NEXT = """
 Next, with your own data set, number 7 say: put the unlabelled images into imagesUn/ beside imagesTr/, then
