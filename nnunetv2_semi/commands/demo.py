@@ -285,7 +285,7 @@ class Demo:
         log = log or self.logs / f"{name}.txt"
         environment, cores = dict(self.environment), None
         if name == "nnUNetv2_train" and self.device == "cpu" and hasattr(os, "sched_getaffinity"):
-            # On patches so small a second thread gains nothing, and where other programs run the two wait for each other.
+            # On patches so small a second thread gains nothing; where other programs run, two wait for each other.
             cores = sorted(os.sched_getaffinity(0))[:1]
         if name == "nnUNetv2_train":
             # For volumes so small, starting processes costs more than they would save. The planner takes no 0.
