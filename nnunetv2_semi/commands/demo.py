@@ -284,12 +284,12 @@ class Demo:
         print(f"\n$ {shown.replace(str(self.work), '.')}", flush=True)
         log = log or self.logs / f"{name}.txt"
         environment, cores = dict(self.environment), None
-        if name == "nnUNetv2_train" and self.device == "cpu" and hasattr(os, "sched_getaffinity"):
-            # On patches so small a second thread gains nothing; where other programs run, two wait for each other.
-            cores = sorted(os.sched_getaffinity(0))[:1]
         if name == "nnUNetv2_train":
             # For volumes so small, starting processes costs more than they would save. The planner takes no 0.
             environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+            if self.device == "cpu" and hasattr(os, "sched_getaffinity"):
+                # On patches so small a second thread gains nothing; where other programs run, two wait for each other.
+                cores = sorted(os.sched_getaffinity(0))[:1]
         seconds = run_logged([self.commands[name], *arguments], log, environment, progress, cores)
         print(f"  took {seconds:.0f} s", flush=True)
 
@@ -320,11 +320,12 @@ def dice_table(dice: Mapping[str, DicePerCase]) -> str:
     cases = len(next(iter(dice.values())))
     heading = f"Dice, {cases} test cases"
     lines = [f"{heading:<22}" + "".join(f"{name:>9}" for name in (*LABELS, "mean"))]
+    whole = []
     for title, per_case in dice.items():
         means = [float(np.nanmean([case[name] for case in per_case.values()])) for name in LABELS]
-        lines.append(f"{title:<22}" + "".join(f"{value:9.3f}" for value in (*means, float(np.mean(means)))))
-    control, *others = [float(np.mean([np.nanmean(list(case.values())) for case in per_case.values()]))
-                        for per_case in dice.values()]
+        whole.append(float(np.mean(means)))
+        lines.append(f"{title:<22}" + "".join(f"{value:9.3f}" for value in (*means, whole[-1])))
+    control, *others = whole
     best = max(others, default=control)
     if best > control:
         lines.append(f"The unlabelled images, and patches pasted into each other, give {best - control:+.3f}.")

@@ -90,3 +90,7 @@ class Context:
     training_cases: Callable[[], Iterator[WholeCase]]
     mirror_axes: tuple[int, ...]
     single_components: Callable[[], bool]
+
+    def keeps_largest_component(self, setting: bool | None) -> bool:
+        """Whether a method keeps only the largest component of pseudo-labels; None: where labels have one of each."""
+        return self.single_components() if setting is None else setting

@@ -83,8 +83,7 @@ class Mix(Method):
     def __init__(self, student: nn.Module, settings: MixSettings, context: Context) -> None:
         super().__init__(student, settings, context)
         self.teacher = EMATeacher(student, settings.teacher_decay(settings.ema_decay))
-        self._keeps_largest = context.single_components() if settings.largest_component is None \
-            else settings.largest_component
+        self._keeps_largest = context.keeps_largest_component(settings.largest_component)
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
