@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 
-def sigmoid_ramp_up(progress: float, ramp_fraction: float = 1.0) -> float:
-    """Weight of an unlabelled term: exp(-5 (1 - t)^2), t = progress / ramp_fraction, 1 from there on.
+def sigmoid_ramp_up(progress: float, ramp_fraction: float = 1.0, power: int = 2) -> float:
+    """Weight of an unlabelled term: exp(-5 (1 - t)^power), t = progress / ramp_fraction, 1 from there on.
 
-    Raises ValueError if ``ramp_fraction`` is negative. Source: Laine and Aila, ICLR 2017, "Temporal ensembling".
+    Raises ValueError if ``ramp_fraction`` is negative. Source: Laine and Aila, ICLR 2017, "Temporal ensembling", with
+    power 2.
     """
     if ramp_fraction < 0:
         raise ValueError(f"ramp_fraction must not be negative, got {ramp_fraction}")
     if progress >= ramp_fraction:
         return 1.0
-    return math.exp(-5.0 * (1.0 - max(progress, 0.0) / ramp_fraction) ** 2)
+    return math.exp(-5.0 * (1.0 - max(progress, 0.0) / ramp_fraction) ** power)
 
 
 def warmed_up_decay(updates: int, decay: float) -> float:

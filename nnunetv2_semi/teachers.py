@@ -8,19 +8,21 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from nnunetv2_semi.networks.frozen_weights import shared_when_frozen
 from nnunetv2_semi.schedules import warmed_up_decay
 
 
 class Teacher(nn.Module):
     """A copy of a student that gradients never reach and that is always in evaluation mode.
 
-    ``network`` has the student's architecture and is what is called, deployed and saved.
+    ``network`` has the student's architecture and is what is called, deployed and saved. Parameters of the student that
+    do not train when the teacher is made are shared with it instead of copied: a large frozen encoder exists once.
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self._student = (student,)  # in a tuple, so that the student is not a part of the teacher
-        self.network = deepcopy(student).requires_grad_(False)
+        self.network = deepcopy(student, shared_when_frozen(student)).requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -39,9 +41,10 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def blend_in(self, share: float) -> None:
         """teacher <- teacher + share (student - teacher), one fused call; integer buffers are copied."""
-        ours, theirs = list(_tensors(self.network)), list(_tensors(self._student[0]))
-        floats = [(o, t) for o, t in zip(ours, theirs, strict=True) if o.is_floating_point()]
-        others = [(o, t) for o, t in zip(ours, theirs, strict=True) if not o.is_floating_point()]
+        pairs = [(own, other) for own, other in zip(_tensors(self.network), _tensors(self._student[0]), strict=True)
+                 if own is not other]
+        floats = [(own, other) for own, other in pairs if own.is_floating_point()]
+        others = [(own, other) for own, other in pairs if not own.is_floating_point()]
         if floats:
             torch._foreach_lerp_([o for o, _ in floats], [t for _, t in floats], share)
         for own, other in others:

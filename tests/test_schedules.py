@@ -37,3 +37,9 @@ def test_a_teacher_averages_a_fiftieth_of_training_within_limits(steps, expected
 def test_snapshots_divide_training_into_equal_parts(num_epochs, snapshots, expected):
     found = {epochs: snapshot_after(epochs, num_epochs, snapshots) for epochs in range(1, num_epochs + 1)}
     assert {epochs: number for epochs, number in found.items() if number is not None} == expected
+
+
+def test_ramp_up_with_power_1_is_the_unsquared_form():
+    assert sigmoid_ramp_up(0.25, 0.5, power=1) == pytest.approx(math.exp(-2.5))
+    assert sigmoid_ramp_up(0.25, 0.5) == pytest.approx(math.exp(-1.25))
+    assert sigmoid_ramp_up(0.6, 0.5, power=1) == 1

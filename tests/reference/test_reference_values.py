@@ -11,6 +11,7 @@ import torch
 
 from nnunetv2_semi.losses.area_similarity import area_similarity_contrast
 from nnunetv2_semi.losses.channel_contrast import channel_contrast
+from nnunetv2_semi.losses.consensus_divergence import consensus_loss, divergence_loss
 from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
 from nnunetv2_semi.losses.local_ncc import local_ncc_loss, local_ncc_map
 from nnunetv2_semi.losses.predictions import class_codes
@@ -101,3 +102,16 @@ def test_channel_contrast():
     first, second = (torch.tensor(reference[key]) for key in ("channels_a", "channels_b"))
     released = float(channel_contrast(first, second, normalise="released"))
     assert abs(released - float(reference["channel_contrast_released"])) < 1e-9
+
+
+def test_consensus_divergence():
+    reference = reference_values("consensus_divergence")
+    foundation, conventional = (torch.tensor(reference[f"prob_{name}"], requires_grad=True)
+                                for name in ("foundation", "conventional"))
+    consensus, divergence = (loss(foundation, conventional, regions=False)
+                             for loss in (consensus_loss, divergence_loss))
+    assert abs(float(consensus.detach()) - float(reference["consensus_loss"])) < 1e-9
+    assert abs(float(divergence.detach()) - float(reference["divergence_loss"])) < 1e-9
+    for name, ours in zip(("foundation", "conventional"),
+                          torch.autograd.grad(consensus + divergence, [foundation, conventional]), strict=True):
+        assert np.abs(ours.numpy() - reference[f"grad_{name}"]).max() < 1e-9, name
