@@ -18,6 +18,16 @@ def sigmoid_ramp_up(progress: float, ramp_fraction: float = 1.0, power: int = 2)
     return math.exp(-5.0 * (1.0 - max(progress, 0.0) / ramp_fraction) ** power)
 
 
+def warmed_up_poly(step: int, warmup: int, steps: int, exponent: float = 0.9) -> float:
+    """Share of the initial learning rate at step number ``step`` of ``steps``, both from 0.
+
+    It rises linearly over the first ``warmup`` steps, then falls as nnU-Net's: (1 - t)^exponent, t from 0 to 1.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(1.0 - (step - warmup) / max(steps - warmup, 1), 0.0) ** exponent
+
+
 def warmed_up_decay(updates: int, decay: float) -> float:
     """EMA decay after ``updates`` earlier updates: min(1 - 1 / (t + 1), decay), so that the first update copies."""
     return min(1.0 - 1.0 / (updates + 1), decay)

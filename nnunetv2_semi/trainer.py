@@ -69,8 +69,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             self.device, self.grad_scaler = torch.device("cpu"), None
         self.logger.local_logger = SemiLocalLogger()
         name = self.method_class.name
-        found = settings_from_plan(self.method_class.Settings, self.configuration_manager.configuration.get("semi", {}),
-                                   name)
+        found = self.method_class.completed(settings_from_plan(
+            self.method_class.Settings, self.configuration_manager.configuration.get("semi", {}), name))
         self.modalities = found.modalities or modalities_or_channels(dataset_json)
         self.settings = found.model_copy(update={"modalities": self.modalities,
                                                  "regions": self.label_manager.has_regions})
@@ -109,13 +109,13 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             raise RuntimeError("initialize() was called twice")
         self._set_batch_size_and_oversample()
         self.loss = self._build_loss()
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
+                                                               self.dataset_json)
         context = build_context(self)
         for warning in self.method_class.check(context, self.settings):
             self.print_to_log_file(f"WARNING: {warning}")
 
         torch.manual_seed(self.settings.seed)
-        self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
-                                                               self.dataset_json)
         student = self.build_network_architecture(self.plans_manager, self.configuration_manager,
                                                   self.num_input_channels, context.num_heads,
                                                   self.enable_deep_supervision)

@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from nnunetv2_semi.schedules import decay_for_length, sigmoid_ramp_up, snapshot_after, warmed_up_decay
+from nnunetv2_semi.schedules import (
+    decay_for_length,
+    sigmoid_ramp_up,
+    snapshot_after,
+    warmed_up_decay,
+    warmed_up_poly,
+)
 
 
 @pytest.mark.parametrize("progress, fraction, expected", [
@@ -43,3 +49,8 @@ def test_ramp_up_with_power_1_is_the_unsquared_form():
     assert sigmoid_ramp_up(0.25, 0.5, power=1) == pytest.approx(math.exp(-2.5))
     assert sigmoid_ramp_up(0.25, 0.5) == pytest.approx(math.exp(-1.25))
     assert sigmoid_ramp_up(0.6, 0.5, power=1) == 1
+
+
+@pytest.mark.parametrize("step, expected", [(0, 0.25), (3, 1.0), (4, 1.0), (7, 0.5 ** 0.9), (10, 0.0), (12, 0.0)])
+def test_learning_rate_warms_up_then_falls_to_nothing(step, expected):
+    assert warmed_up_poly(step, warmup=4, steps=10) == pytest.approx(expected)

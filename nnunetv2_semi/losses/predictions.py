@@ -51,6 +51,16 @@ def agreement(first: torch.Tensor, second: torch.Tensor, regions: bool) -> torch
     return (first.argmax(1) == second.argmax(1)).float().mean()
 
 
+def decision_dice(first: torch.Tensor, second: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Dice of what two probability maps (B, K, *spatial) decide, (B,), the mean over foreground classes.
+
+    A class that neither of the two predicts is left out; where both predict no foreground at all the Dice is 1.
+    """
+    ours, theirs = (hard_foreground(p, regions).flatten(2) for p in (first, second))
+    both, together = (ours & theirs).sum(2), ours.sum(2) + theirs.sum(2)
+    return (2 * both / together).nanmean(1).nan_to_num(1.0)
+
+
 def class_codes(probability: torch.Tensor, regions: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The decided class (B, *spatial) integer of each voxel of (B, K, *spatial), and its probability (B, *spatial).
 

@@ -85,6 +85,14 @@ class Method(nn.Module):
         """
         return []
 
+    @classmethod
+    def completed(cls, settings: BaseSettings) -> BaseSettings:
+        """``settings`` with what the plans file shall say besides, such as the SHA-256 of a file that they name.
+
+        Called before anything is built. Raises UserError where they cannot be completed.
+        """
+        return settings
+
     def optimizers(self, initial_lr: float, weight_decay: float, num_epochs: int) -> list[Optimization]:
         """The optimisers. Default: nnU-Net's for all that trains.
 

@@ -69,9 +69,9 @@ class Context:
     passes.
     scale_weights: of the network's outputs in nnU-Net's loss, finest first; (1.0,) without deep supervision.
     patch_size: voxels per axis. image_size: median of the images, voxels of the configuration's spacing; three axes
-    where patches are slices of 3D images. num_heads: channels of the logits. training_cases: the fold's labelled
-    training cases, in alphabetical order, read one by one. mirror_axes: spatial axes of a patch that may be mirrored,
-    from 0.
+    where patches are slices of 3D images. num_channels: of the images. num_heads: channels of the logits.
+    training_cases: the fold's labelled training cases, in alphabetical order, read one by one. mirror_axes: spatial
+    axes of a patch that may be mirrored, from 0.
     single_components: whether each foreground label is one connected component in every labelled training case that
     has it (in 2D in every slice); reads their labels.
     """
@@ -86,6 +86,7 @@ class Context:
     scale_weights: tuple[float, ...]
     patch_size: tuple[int, ...]
     image_size: tuple[float, ...]
+    num_channels: int
     num_heads: int
     training_cases: Callable[[], Iterator[WholeCase]]
     mirror_axes: tuple[int, ...]

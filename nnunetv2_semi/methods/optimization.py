@@ -11,7 +11,24 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from nnunetv2_semi.schedules import warmed_up_poly
+
 NNUNETS_GRADIENT_CLIP = 12.0
+
+
+class WarmedUpPolyLR(LRScheduler):
+    """`warmed_up_poly` of the step's number; what it was set to is in the optimiser's own state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, warmup_steps: int, steps: int) -> None:
+        self.initial_lr, self.warmup_steps, self.steps = initial_lr, warmup_steps, steps
+        super().__init__(optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the learning rate of step number ``epoch``, from 0; None: 0."""
+        rate = self.initial_lr * warmed_up_poly(epoch or 0, self.warmup_steps, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._last_lr = [rate] * len(self.optimizer.param_groups)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,9 @@ from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting
 
 
-class PerturbationSettings(BaseSettings):
-    """How the student's unlabelled patches are changed."""
+class ViewSettings(BaseSettings):
+    """How the intensities of the student's unlabelled patches are changed."""
 
-    cutmix: float = setting(
-        0.5,
-        "sides of the box that shows the next unlabelled patch, as a share of the patch's; `0`: none",
-        at_least=0, at_most=1,
-    )
     view_gamma: float = setting(
         1.5,
         "other intensities: a gamma curve between a patch's lowest and highest intensity, exponent 1 / (1 + "
@@ -30,7 +25,17 @@ class PerturbationSettings(BaseSettings):
     view_noise_probability: float = setting(0.5, "of adding noise", at_least=0, at_most=1)
 
 
-def intensity_view(image: torch.Tensor, settings: PerturbationSettings) -> torch.Tensor:
+class PerturbationSettings(ViewSettings):
+    """How the student's unlabelled patches are changed."""
+
+    cutmix: float = setting(
+        0.5,
+        "sides of the box that shows the next unlabelled patch, as a share of the patch's; `0`: none",
+        at_least=0, at_most=1,
+    )
+
+
+def intensity_view(image: torch.Tensor, settings: ViewSettings) -> torch.Tensor:
     """A view of ``image`` (B, C, *spatial) with other intensities, as the settings say."""
     return IntensityViews.draw(1, image, settings.view_scale, settings.view_shift, settings.view_noise,
                                settings.view_noise_probability, settings.view_gamma).apply(image)[0]

@@ -32,7 +32,7 @@ def build_context(trainer: nnUNetTrainerSemi) -> Context:
         modalities=trainer.modalities,
         arrangement=Arrangement.of(settings, trainer.method_class.graphs(settings)),
         scale_weights=scale_weights, patch_size=tuple(plan.patch_size), image_size=_image_size(trainer),
-        num_heads=labels.num_segmentation_heads,
+        num_channels=trainer.num_input_channels, num_heads=labels.num_segmentation_heads,
         training_cases=lambda: labelled_cases.whole_training_cases(trainer, trainer.modalities),
         mirror_axes=tuple(trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] or ()),
         single_components=lambda: labelled_cases.single_components(trainer))

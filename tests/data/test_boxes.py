@@ -31,3 +31,20 @@ def test_boxes_reach_every_place_and_are_replayable():
 def test_no_box_and_a_box_of_everything():
     assert not Boxes.draw(2, (4, 5), 0.0).inside(CPU).any()
     assert Boxes.draw(2, (4, 5), 1.0).inside(CPU).all()
+
+
+@pytest.mark.parametrize("patch", [(40, 60), (20, 24, 30)])
+def test_areas_are_within_their_range_and_reach_every_place(patch):
+    boxes = Boxes.draw_areas(400, patch, 0.05, 0.3)
+    shares = boxes.inside(CPU).flatten(1).float().mean(1)
+    assert 0.04 < shares.min() < 0.08 and 0.25 < shares.max() < 0.34
+    assert (boxes.first >= 0).all() and (boxes.first + boxes.size <= torch.tensor(patch)).all()
+    assert (boxes.first + boxes.size).amax(0).tolist() == list(patch) and boxes.first.amin(0).tolist() == [0] * len(patch)
+    relative = boxes.size / torch.tensor(patch)
+    aspect = relative[:, -1] / relative[:, -2]
+    assert aspect.min() < 0.5 and aspect.max() > 2 and 0.25 < aspect.min() and aspect.max() < 4
+
+
+def test_an_area_of_everything_and_boxes_of_their_own_sizes():
+    assert Boxes.draw_areas(3, (4, 5), 1.0, 1.0, aspect=1.0).inside(CPU).all()
+    assert len(Boxes.draw_areas(50, (30, 30), 0.02, 0.4).size.unique(dim=0)) > 20

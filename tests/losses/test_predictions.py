@@ -5,11 +5,11 @@ from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2_semi.losses.predictions import (
     agreement,
     confusion_counts,
+    decision_dice,
     dice_from_counts,
     hard_foreground,
     probabilities,
 )
-from nnunetv2_semi.losses.soft_labels import soft_cross_entropy, soft_dice_loss
 
 
 @pytest.mark.parametrize("ignore_label", [None, 3])
@@ -55,25 +55,25 @@ def test_half_precision_logits_give_single_precision_probabilities():
     assert probabilities([torch.randn(1, 2, 4).half()], False).dtype == torch.float32
 
 
-@pytest.mark.parametrize("regions", [False, True])
-def test_soft_losses_are_lowest_at_the_soft_label_itself(regions):
-    torch.manual_seed(0)
-    label_logits = torch.randn(2, 3, 8, dtype=torch.float64)
-    label = label_logits.sigmoid() if regions else label_logits.softmax(1)
-    logits = label_logits.clone().requires_grad_()
-    p = logits.sigmoid() if regions else logits.softmax(1)
-    total = soft_cross_entropy(logits, label, regions) + soft_dice_loss(p, label, regions)
-    gradient, = torch.autograd.grad(total, logits)
-    assert gradient.abs().max() < 1e-12
-    assert soft_dice_loss(p, label, regions).item() == pytest.approx(0.0, abs=1e-12)
+def decided(*maps, heads=3):
+    """Probabilities that decide the classes of ``maps``, each a string of digits: (B, heads, voxels)."""
+    classes = torch.tensor([[int(c) for c in single] for single in maps])
+    return torch.nn.functional.one_hot(classes, heads).movedim(-1, 1).float() * 0.8 + 0.05
 
 
-@pytest.mark.parametrize("regions", [False, True])
-def test_soft_losses_of_a_hard_label_are_the_usual_ones(regions):
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 8)
-    hard = (torch.rand(2, 3, 8) > 0.5).float() if regions else torch.nn.functional.one_hot(
-        torch.randint(0, 3, (2, 8)), 3).movedim(-1, 1).float()
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, hard) if regions else \
-        torch.nn.functional.cross_entropy(logits, hard.argmax(1))
-    assert torch.allclose(soft_cross_entropy(logits, hard, regions), expected)
+def test_decision_dice_of_each_patch_over_the_classes_that_either_predicts():
+    first, second = decided("00112", "00110", "00000"), decided("00122", "00110", "00000")
+    # class 1: 2 * 1 / (2 + 1); class 2: 2 * 1 / (1 + 2)
+    expected = torch.tensor([2 / 3, 1.0, 1.0])
+    assert torch.allclose(decision_dice(first, second, regions=False), expected)
+
+
+def test_decision_dice_where_only_one_predicts_a_class_is_0():
+    assert decision_dice(decided("0000"), decided("0100"), regions=False).tolist() == [0.0]
+    assert decision_dice(decided("0011"), decided("0012"), regions=False)[0] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_decision_dice_of_regions():
+    first = torch.tensor([[[0.9, 0.9, 0.1], [0.1, 0.1, 0.1]]])
+    second = torch.tensor([[[0.9, 0.1, 0.1], [0.1, 0.1, 0.1]]])
+    assert decision_dice(first, second, regions=True)[0] == pytest.approx(2 / 3)

@@ -4,7 +4,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
-from nnunetv2_semi.methods.optimization import Optimization
+from nnunetv2_semi.methods.optimization import Optimization, WarmedUpPolyLR
 from nnunetv2_semi.training.step import TrainingStep
 
 
@@ -48,3 +48,14 @@ def test_state_goes_into_a_checkpoint_and_out_again(small):
 def test_frozen_parameters_are_not_optimised():
     frozen, trained = nn.Parameter(torch.ones(1), requires_grad=False), nn.Parameter(torch.ones(1))
     assert Optimization.sgd([frozen, trained], 0.1, 0.0, 0.9, 10).parameters() == [trained]
+
+
+def test_warmed_up_rate_follows_the_number_of_the_step():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = WarmedUpPolyLR(optimizer, 0.2, warmup_steps=2, steps=6)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for number in range(1, 7):
+        schedule.step(number)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.2, 0.2, 0.2 * 0.75 ** 0.9, 0.2 * 0.5 ** 0.9, 0.2 * 0.25 ** 0.9, 0.0])
+    assert schedule.get_last_lr() == [0.0]
