@@ -22,9 +22,9 @@ def make(small, cls=MeanTeacher, heads=3, one_pass=False, settings=None, **kinds
         kinds.get("deep_supervision", False)))
 
 
-def step_of(method, max_skipped_steps=5):
+def step_of(method):
     return TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=0,
-                        max_skipped_steps=max_skipped_steps)
+                        max_skipped_steps=5)
 
 
 @pytest.mark.parametrize("kinds", [{}, {"dims": 2}, {"regions": True}, {"ignore_label": 3}, {"deep_supervision": True},
@@ -116,26 +116,6 @@ def test_a_non_finite_unlabelled_image_never_reaches_the_weights(small, bad):
     assert values["skipped_steps"] == 1 and values["unlabelled_voxels_used"] == 0
     for a, b in zip(control.student.parameters(), method.student.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_run_of_non_finite_steps_stops_with_a_message(small):
-    batch = small.batch()
-    batch.unlabelled.fill_(float("nan"))
-    step = step_of(make(small), max_skipped_steps=3)
-    step.run(batch, 0, 0.0)
-    step.run(batch, 1, 0.0)
-    with pytest.raises(RuntimeError, match="3 steps in a row.*consistency = nan"):
-        step.run(batch, 2, 0.0)
-
-
-def test_an_infinite_supervised_gradient_never_reaches_the_weights(small):
-    batch = small.batch()
-    batch.labelled.fill_(float("inf"))
-    method = make(small)
-    before = [p.clone() for p in method.student.parameters()]
-    _, values = step_of(method).run(batch, 0, 0.5)
-    assert values["skipped_steps"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, method.student.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("deploy", ["teacher", "student"])

@@ -1,0 +1,89 @@
+import json
+import os
+
+import pytest
+
+from nnunetv2_semi.data.atomic_files import read_json_object, whole_file, write_json_whole
+
+
+def test_the_older_file_stands_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with whole_file(path) as unfinished:
+        assert os.path.dirname(unfinished) == str(tmp_path), "a rename across file systems is none"
+        with open(unfinished, "w") as file:
+            file.write("ne")
+            file.flush()
+            assert path.read_text() == "old"
+            file.write("w")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("older", [None, "old"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_block_that_fails_changes_nothing_and_leaves_nothing(tmp_path, older, error):
+    path = tmp_path / "file"
+    if older is not None:
+        path.write_text(older)
+    with pytest.raises(error), whole_file(path) as unfinished:
+        with open(unfinished, "w") as file:
+            file.write("half")
+        raise error
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({} if older is None else {"file": older})
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_older_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_missing_folders_are_made_and_a_bare_name_is_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (os.path.join("a", "b", "file"), "bare"):
+        with whole_file(path) as unfinished, open(unfinished, "w") as file:
+            file.write(path)
+        assert (tmp_path / path).read_text() == path
+
+
+def test_two_at_a_time_do_not_write_into_each_other(tmp_path):
+    path = tmp_path / "file"
+    with whole_file(path) as first, whole_file(path) as second:
+        assert first != second
+        for unfinished, text in ((first, "first"), (second, "second")):
+            with open(unfinished, "w") as file:
+                file.write(text)
+    assert path.read_text() == "first", "the last to finish"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_unfinished_files_are_hidden_and_have_another_ending(tmp_path):
+    """What lists cases or checkpoints by their ending must not meet them, nor those that a kill left."""
+    with whole_file(tmp_path / "case.json") as unfinished:
+        name = os.path.basename(unfinished)
+        assert name.startswith(".") and not name.endswith(".json")
+        with open(unfinished, "w"):
+            pass
+
+
+def test_json_comes_back_as_it_was_written(tmp_path):
+    content = {"name": "Grün", "numbers": [1, 2.5, None], "nested": {"yes": True}}
+    write_json_whole(str(tmp_path / "new" / "file.json"), content)
+    assert read_json_object(str(tmp_path / "new" / "file.json")) == content
+
+
+def test_what_json_cannot_hold_leaves_the_older_file(tmp_path):
+    path = tmp_path / "file.json"
+    write_json_whole(str(path), {"old": 1})
+    with pytest.raises(TypeError):
+        write_json_whole(str(path), {"first": 1, "then": object()})
+    assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"half": ', b"[1, 2]", b"3", b"\xff\xfe{}"], ids=str)
+def test_what_is_no_json_object_is_none(tmp_path, content):
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert read_json_object(str(path)) is None
