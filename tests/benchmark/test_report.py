@@ -19,9 +19,9 @@ import torch
 from skimage import io
 
 from nnunetv2_semi.benchmark.report import report
+from nnunetv2_semi.benchmark.report.pairing import Arm
 from nnunetv2_semi.benchmark.report.report import predictions_of, write_report
 from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
-from nnunetv2_semi.benchmark.report.statistics import Arm
 from nnunetv2_semi.benchmark.report.tables import settings_table
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.benchmark.study.trained import curves_of, settings_of

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_semi.benchmark.report.page import Picture
-from nnunetv2_semi.benchmark.report.statistics import Arm
+from nnunetv2_semi.benchmark.report.pairing import Arm
 from nnunetv2_semi.benchmark.study.trained import Curves
 from nnunetv2_semi.pictures import PictureRow, save_overview
 

@@ -149,7 +149,7 @@ def write_report(
     from nnunetv2_semi.benchmark.report.measures import label_means, measure_runs
     from nnunetv2_semi.benchmark.report.page import as_html, as_markdown
     from nnunetv2_semi.benchmark.report.sections import sections_of
-    from nnunetv2_semi.benchmark.report.statistics import summarise
+    from nnunetv2_semi.benchmark.report.summary import summarise
 
     measures = measure_runs(runs, tolerance_mm, num_processes=num_processes or default_num_processes)
     summary = summarise(measures)

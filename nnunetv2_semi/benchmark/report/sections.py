@@ -8,20 +8,10 @@ import pandas as pd
 
 from nnunetv2_semi.benchmark.report.measures import LABEL_MEAN, dice_of_cases
 from nnunetv2_semi.benchmark.report.page import Section, Table
+from nnunetv2_semi.benchmark.report.pairing import UNFAIR, Arm, control_of, pair_of, upper_bound_of
 from nnunetv2_semi.benchmark.report.plots import Style, curves_plot, efficiency_plot, paired_plot, styles_of
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
-from nnunetv2_semi.benchmark.report.statistics import (
-    BEHIND,
-    FEWEST_CASES,
-    PRIMARY,
-    SIGNIFICANT,
-    UNFAIR,
-    Arm,
-    control_of,
-    pair_of,
-    smallest_corrected_p,
-    upper_bound_of,
-)
+from nnunetv2_semi.benchmark.report.summary import PRIMARY
 from nnunetv2_semi.benchmark.report.tables import (
     Runs,
     counted,
@@ -39,6 +29,7 @@ from nnunetv2_semi.benchmark.report.tables import (
     with_count,
     with_interval,
 )
+from nnunetv2_semi.benchmark.report.uncertainty import BEHIND, FEWEST_CASES, SIGNIFICANT, smallest_corrected_p
 from nnunetv2_semi.benchmark.report.worst_cases import worst_cases_picture
 from nnunetv2_semi.benchmark.study.trained import curves_of
 

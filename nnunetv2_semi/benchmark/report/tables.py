@@ -9,8 +9,9 @@ import pandas as pd
 
 from nnunetv2_semi.benchmark.report.measures import LABEL_MEAN
 from nnunetv2_semi.benchmark.report.page import Table
+from nnunetv2_semi.benchmark.report.pairing import Arm, control_of
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
-from nnunetv2_semi.benchmark.report.statistics import PRIMARY, Arm, control_of
+from nnunetv2_semi.benchmark.report.summary import PRIMARY
 from nnunetv2_semi.benchmark.study.trained import settings_of
 
 METRIC_NAMES = {"dice": "Dice", "jaccard": "Jaccard", "hd95_mm": "HD95 (mm)", "asd_mm": "ASD (mm)", "nsd": "NSD"}

@@ -20,7 +20,7 @@ from nnunetv2_semi.benchmark.report.measures import (
 from nnunetv2_semi.benchmark.report.page import Picture
 from nnunetv2_semi.benchmark.report.plots import overlay_picture
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
-from nnunetv2_semi.benchmark.report.statistics import PRIMARY
+from nnunetv2_semi.benchmark.report.summary import PRIMARY
 from nnunetv2_semi.data.dataset_settings import named_channels
 from nnunetv2_semi.pictures import COLOURS, PictureRow
 
