@@ -14,6 +14,7 @@ NNUNET_FOLDERS = {
 }
 BENCHMARK = ["jinja2", "monai>=1.4", "pandas", "pyyaml", "statsmodels"]
 CLUSTER = ["submitit"]
+FOUNDATION = ["transformers>=5", "safetensors"]
 # Second libraries for metrics; stubs for mypy.
 TEST = ["pytest>=8", "pytest-xdist", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
 
@@ -75,7 +76,12 @@ setup(
         "threadpoolctl",
         "tqdm",
     ],
-    extras_require={"benchmark": BENCHMARK, "cluster": CLUSTER, "test": [*TEST, *BENCHMARK, *CLUSTER]},
+    extras_require={
+        "benchmark": BENCHMARK,
+        "cluster": CLUSTER,
+        "foundation": FOUNDATION,
+        "test": [*TEST, *BENCHMARK, *CLUSTER, *FOUNDATION],
+    },
     entry_points={"console_scripts": ["nnunetv2_semi = nnunetv2_semi.cli:main"]},
     cmdclass={"editable_wheel": EditableWheelWithoutNnunet},
     classifiers=[
