@@ -8,6 +8,7 @@ import torch
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.helpers import softmax_helper_dim1
 
+from nnunetv2_semi.losses.deep_supervision import summed_over_scales
 from nnunetv2_semi.losses.hard_labels import nearest, voxel_cross_entropy
 from nnunetv2_semi.losses.predictions import Logits, all_scales
 
@@ -41,10 +42,11 @@ class WeightedDiceCE:
                 may be anything, nnU-Net's ignore label for one.
         """
         labels = torch.where(weight > 0, labels, 0)
-        losses = [share * self._at_one_scale(logits, nearest(labels, logits.shape[2:]),
-                                             nearest(weight, logits.shape[2:]))
-                  for share, logits in zip(self.scale_weights, all_scales(output), strict=True) if share != 0]
-        return torch.stack(losses).sum()
+        return summed_over_scales(
+            self.scale_weights,
+            lambda logits: self._at_one_scale(logits, nearest(labels, logits.shape[2:]),
+                                              nearest(weight, logits.shape[2:])),
+            all_scales(output))
 
     def _at_one_scale(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         entropy = voxel_cross_entropy(logits, labels, self.regions)

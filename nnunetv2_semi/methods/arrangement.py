@@ -40,12 +40,12 @@ class Arrangement:
             network: called with tensors (B, C, *spatial).
             images: of one term or group of terms each.
             together: a term needs the outputs of all of them at once. Where one pass has no room, as many images go
-                through at a time as the plan has room for, and each pass is checkpointed: no more than one graph exists
-                at any time.
+                through at a time as the plan has room for, and each pass is checkpointed: no more than one is held in
+                memory at any time.
             alone: of the first so many images this does not hold.
         """
         joins = joins_batches(images[0].device)
-        if self.one_pass and not joins:  # the graphs of all images side by side instead of joined
+        if self.one_pass and not joins:  # the passes of all images are held side by side instead of joined
             yield from [network(image) for image in images]
             return
         if self.one_pass:

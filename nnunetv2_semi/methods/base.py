@@ -74,7 +74,7 @@ class Method(nn.Module):
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
-        """Network graphs that the one-pass arrangement holds in memory at once (a plain nnU-Net step holds 1)."""
+        """How many forward passes a step holds in memory at once where they are joined; plain nnU-Net holds 1."""
         return 2 if cls.uses_unlabelled else 1
 
     @classmethod
@@ -121,8 +121,8 @@ class Method(nn.Module):
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         """Yield the step's terms in groups.
 
-        Run one after another, each group is differentiated and its graph freed before the next group is asked for; so
-        ask for the passes of a group (``passes``) only after the group before was yielded.
+        Run one after another, each group is differentiated and what its passes hold in memory freed before the next
+        group is asked for; so ask for the passes of a group (``passes``) only after the group before was yielded.
         """
         passes = self.passes(self.student, batch.labelled)
         yield [self.supervised(next(passes), batch.target)]

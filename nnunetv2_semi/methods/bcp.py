@@ -15,6 +15,7 @@ from torch import nn
 
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.data.largest_component import largest_components
+from nnunetv2_semi.losses.deep_supervision import summed_over_scales
 from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels, nearest
 from nnunetv2_semi.losses.masked_dice_ce import masked_dice_ce
 from nnunetv2_semi.losses.predictions import Logits, all_scales, probabilities
@@ -150,9 +151,8 @@ class BCP(Method):
 
     def _at_all_scales(self, outputs: list[torch.Tensor], labels: list[torch.Tensor],
                        counted: list[torch.Tensor]) -> torch.Tensor:
-        losses = [weight * masked_dice_ce(output, label, mask, self.context.regions) for weight, output, label, mask
-                  in zip(self.context.scale_weights, outputs, labels, counted, strict=True) if weight != 0]
-        return torch.stack(losses).sum()
+        return summed_over_scales(self.context.scale_weights, partial(masked_dice_ce, regions=self.context.regions),
+                                  outputs, labels, counted)
 
     def after_step(self) -> None:
         if not self._pretraining():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nnunetv2_semi.data.whole_case import WholeCase
 from nnunetv2_semi.losses.predictions import Logits
 from nnunetv2_semi.methods.arrangement import Arrangement
 
@@ -43,20 +44,6 @@ class Term:
     weight: float = 1.0
     supervised: bool = False
     applies: bool = True
-
-
-@dataclass(frozen=True)
-class WholeCase:
-    """A labelled training case, cropped or padded to the patch size about its centre, without augmentation.
-
-    image: (C, *spatial). target: nnU-Net's (channels, *spatial), without deep supervision. modalities: numbers of those
-    that it has, in the order of ``Context.modalities``.
-    """
-
-    name: str
-    image: torch.Tensor
-    target: torch.Tensor
-    modalities: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)

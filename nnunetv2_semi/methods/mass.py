@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_semi.data.affine_alignment import affine_transform, resampled
-from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.data.atlas_choice import aligned_atlases, chosen_atlases
 from nnunetv2_semi.losses.channel_contrast import channel_contrast
 from nnunetv2_semi.losses.displacement_smoothness import displacement_smoothness
 from nnunetv2_semi.losses.local_ncc import local_ncc_map
 from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
 from nnunetv2_semi.losses.soft_labels import soft_dice_loss, weighted_soft_cross_entropy
 from nnunetv2_semi.methods.base import Method, require_modalities
-from nnunetv2_semi.methods.contract import Batch, Context, Term, WholeCase
+from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
@@ -34,7 +31,6 @@ from nnunetv2_semi.networks.atlases import Atlases
 from nnunetv2_semi.networks.channel_tokens import ChannelTokens
 from nnunetv2_semi.networks.modality_encoders import Pyramid
 from nnunetv2_semi.networks.warp import folded_share, resize_displacement, warp
-from nnunetv2_semi.present_channels import present_channels
 
 
 class MASSSettings(BaseSettings):
@@ -174,55 +170,15 @@ class MASS(Method):
 
     def on_start(self) -> None:
         super().on_start()
-        self._choose_atlases()
-
-    def _choose_atlases(self) -> None:
-        """Take labelled training cases as atlases, the same ones on every process."""
-        names = list(self.context.modalities)
-        drawn: dict[int, list[tuple[float, WholeCase]]] = {index: [] for index in range(len(names))}
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for case in self.context.training_cases():
-            lot = float(torch.rand((), generator=generator))
-            for index in case.modalities:  # no more than are wanted are held at a time
-                drawn[index] = sorted([*drawn[index], (lot, case)], key=itemgetter(0))
-                del drawn[index][self.settings.atlases_per_modality:]
-        by_modality = {index: [case for _, case in found] for index, found in drawn.items()}
-        lacking = [names[index] for index, found in by_modality.items() if not found]
-        if lacking:
-            raise UserError(f"No labelled training case of this fold has the modality {', '.join(lacking)}: MASS needs "
-                            "an atlas of each. Label one, or choose another fold or split (splits_final.json).")
-        chosen = [(case, index) for index, found in by_modality.items() for case in found]
-        images, targets, seen = zip(*self._aligned(chosen), strict=True)
-        modalities = [index for _, index in chosen]
-        alone = [self.student.only(image[None], index)[0] for image, index in zip(images, modalities, strict=True)]
-        self.student.atlases.take(alone, targets, modalities, self.context.ignore_label, seen)
-
-    def _aligned(self, chosen: list[tuple[WholeCase, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Image, target, and where the case was seen, bool (1, *spatial), of cases, each with its modality.
-
-        If the settings say so, all but the first are mapped affinely to the first one; raises UserError where that
-        cannot be.
-        """
-        spacing, (first, modality) = self.context.spacing, chosen[0]
-        for number, (case, index) in enumerate(chosen):
-            if number == 0 or not self.settings.align_atlases:
-                yield case.image, case.target, torch.ones_like(case.target[:1], dtype=torch.bool)
-                continue
-            try:
-                transform = affine_transform(self._shown(case, index), self._shown(first, modality), spacing)
-            except RuntimeError as error:
-                raise UserError(f"Atlas {case.name} cannot be aligned to {first.name} ({one_line(error)}). Set "
-                                '"MASS": {"align_atlases": false} in the plans file\'s "semi".') from error
-            target = case.target.numpy()
-            yield (torch.from_numpy(resampled(case.image.numpy(), transform, spacing, nearest=False)),
-                   torch.from_numpy(resampled(target, transform, spacing, nearest=True)),
-                   torch.from_numpy(resampled(np.ones_like(target[:1]), transform, spacing, nearest=True)) > 0)
-
-    def _shown(self, case: WholeCase, modality: int) -> np.ndarray:
-        """The first channel of a modality that the case has, (*spatial)."""
-        channels = list(self.context.modalities.values())[modality]
-        there = present_channels(case.image[None])[0].tolist()
-        return case.image[next(channel for channel in channels if there[channel])].numpy()
+        settings, context = self.settings, self.context
+        atlases = chosen_atlases(context.training_cases(), list(context.modalities), settings.atlases_per_modality,
+                                 settings.seed)
+        if settings.align_atlases:
+            atlases = list(aligned_atlases(atlases, context.modalities, context.spacing))
+        alone = [self.student.only(atlas.case.image[None], atlas.modality)[0] for atlas in atlases]
+        self.student.atlases.take(alone, [atlas.case.target for atlas in atlases],
+                                  [atlas.modality for atlas in atlases], context.ignore_label,
+                                  [atlas.seen for atlas in atlases])
 
     # loss
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from nnunetv2_semi.data.views import IntensityViews
 from nnunetv2_semi.distributed import rows_of_all_processes
+from nnunetv2_semi.losses.deep_supervision import summed_over_scales
 from nnunetv2_semi.losses.predictions import Logits, all_scales, class_codes, full_resolution, probabilities
 from nnunetv2_semi.losses.rectified_pseudo_supervision import (
     PseudoTarget,
@@ -176,22 +177,19 @@ class RCPS(Method):
 
     def _pseudo_supervision(self, versions: _Versions) -> torch.Tensor:
         """L_rp = L_urp(view 1) + L_urp(view 2) + L_cr, summed over the network's outputs with nnU-Net's weights."""
-        total: torch.Tensor | float = 0.0
-        views = [all_scales(view) for view in versions.views]
-        originals, settings = all_scales(versions.original), self.settings
-        for scale, (weight, original) in enumerate(zip(self.context.scale_weights, originals, strict=True)):
-            if weight == 0:
-                continue
-            target = PseudoTarget.from_logits(self._softmax_logits(original), settings.sharpening)
-            logits = [self._softmax_logits(view[scale]) for view in views]
-            losses = [rectified_pseudo_supervision(view, target, settings.rectify) for view in logits]
-            loss = torch.stack(losses).sum()
-            if settings.consistency:
-                # The cosine of a region's two-class logits (a, 0) knows the sign of a alone: take probabilities.
-                first, second = (view.softmax(1) for view in logits) if self.context.regions else logits
-                loss = loss + cosine_consistency(first, second)
-            total = total + weight * loss
-        return torch.as_tensor(total)
+        return summed_over_scales(self.context.scale_weights, self._pseudo_supervision_at_one_scale,
+                                  all_scales(versions.original), *(all_scales(view) for view in versions.views))
+
+    def _pseudo_supervision_at_one_scale(self, original: torch.Tensor, *views: torch.Tensor) -> torch.Tensor:
+        settings = self.settings
+        target = PseudoTarget.from_logits(self._softmax_logits(original), settings.sharpening)
+        logits = [self._softmax_logits(view) for view in views]
+        loss = torch.stack([rectified_pseudo_supervision(view, target, settings.rectify) for view in logits]).sum()
+        if settings.consistency:
+            # The cosine of a region's two-class logits (a, 0) knows the sign of a alone: take probabilities.
+            first, second = (view.softmax(1) for view in logits) if self.context.regions else logits
+            loss = loss + cosine_consistency(first, second)
+        return loss
 
     def _softmax_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return two_class_logits(logits) if self.context.regions else logits

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nnunetv2_semi.data.phantom_anatomy import make_phantom_case
-from nnunetv2_semi.methods.contract import Batch, WholeCase
+from nnunetv2_semi.data.whole_case import WholeCase
+from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.mass import MASS, MASSSettings
 from nnunetv2_semi.networks.atlas_network import AtlasNetwork
 from nnunetv2_semi.networks.atlases import Atlases

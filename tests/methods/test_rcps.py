@@ -76,7 +76,7 @@ def test_one_pass_calls_the_network_once_and_others_as_often_as_the_plan_asks(sm
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("kinds", [{"one_pass": True}, {"images_per_pass": 2}, {}])
-def test_joined_batches_and_graphs_side_by_side_give_the_same(small, monkeypatch, kinds, together):
+def test_joined_batches_and_passes_side_by_side_give_the_same(small, monkeypatch, kinds, together):
     gradients = []
     for joins in (True, False):
         monkeypatch.setattr(arrangement, "joins_batches", lambda device, joins=joins: joins)
