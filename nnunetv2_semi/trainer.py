@@ -18,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunetv2_semi import compat
+from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels
-from nnunetv2_semi.data.presence import CaseChannels
 from nnunetv2_semi.distributed import (
     broadcast_from_first,
     mean_over_processes,

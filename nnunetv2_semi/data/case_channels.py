@@ -1,16 +1,22 @@
-"""Which channels of its data set a case has: told by the numbers in the names of its files and by what they hold."""
+"""Which channels of its data set a case has.
+
+Of raw cases the numbers in the names of the files tell, and what the files hold; of preprocessed ones their properties.
+"""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunetv2_semi.data.dataset_settings import named_channels, num_channels
-from nnunetv2_semi.data.raw_cases import case_and_channel, naming_rule, shown
+from nnunetv2_semi.data.raw_cases import channel_numbers, naming_rule, shown
 from nnunetv2_semi.errors import UserError, one_line
+
+PRESENT_CHANNELS = "present_channels"  # in the properties of a preprocessed case that lacks channels
 
 
 def channel_names(dataset_json: dict) -> dict[int, str]:
@@ -21,18 +27,6 @@ def channel_names(dataset_json: dict) -> dict[int, str]:
         index: str(name) if unique else f"{name} ({index})"
         for index, name in sorted((int(key), name) for key, name in names.items())
     }
-
-
-def channel_numbers(files: Sequence[str], file_ending: str) -> list[int] | None:
-    """The numbers in the names of one case's files (`CASE_0001.nii.gz`: 1), in the order of `files`.
-
-    None where these are no channel numbers: a name has none, or the names differ in more than the number.
-    """
-    found = [case_and_channel(os.path.basename(file), file_ending) for file in files]
-    named = [name for name in found if name is not None]
-    if len(named) < len(files) or len({case for case, _ in named}) != 1:
-        return None
-    return [number for _, number in named]
 
 
 def channels_of_case(files: Sequence[str], channels_read: int, dataset_json: dict) -> list[int]:
@@ -147,6 +141,25 @@ def lacking_warning(channels: Mapping[str, Sequence[int]], dataset_json: dict, k
     """`lacking_finding` as a warning for who forgot a file."""
     finding = lacking_finding(channels, dataset_json, kind)
     return finding and f"WARNING: {finding}. What is there is used. If a file was forgotten, add it."
+
+
+class CaseChannels:
+    """Which channels each case of a preprocessed data set has, as its preprocessor recorded; read once per case."""
+
+    def __init__(self, dataset: nnUNetBaseDataset) -> None:
+        self._dataset = dataset
+        self._found: dict[str, list[int] | None] = {}
+
+    def present(self, cases: Sequence[str], num_channels: int) -> torch.Tensor:
+        """Which of ``num_channels`` channels each of ``cases`` has: bool (cases, channels)."""
+        rows = [[self._has(case, channel) for channel in range(num_channels)] for case in cases]
+        return torch.tensor(rows, dtype=torch.bool).reshape(len(cases), num_channels)
+
+    def _has(self, case: str, channel: int) -> bool:
+        if case not in self._found:
+            self._found[case] = self._dataset.load_case(case)[-1].get(PRESENT_CHANNELS)
+        channels = self._found[case]
+        return channels is None or channel in channels
 
 
 def _channels_in(file: str, reader: type[BaseReaderWriter]) -> int:

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.duplicates import ImageContent, file_stamp
-from nnunetv2_semi.data.presence import PRESENT_CHANNELS
 
 _RECORD_VERSION = 1
 _RECORDS_FOLDER = "records"

@@ -9,9 +9,8 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_semi.data.case_channels import channels_of_case
+from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS, channels_of_case
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.data.presence import PRESENT_CHANNELS
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.present_channels import FILL
 

@@ -21,7 +21,8 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
-from nnunetv2_semi.data.presence import CaseChannels, ModalityDrop, mark_present
+from nnunetv2_semi.data.case_channels import CaseChannels
+from nnunetv2_semi.data.patch_channels import ModalityDrop, mark_present
 from nnunetv2_semi.processes.pool import exit_with_parent
 
 LoadedBatch = dict[str, object]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -116,6 +116,18 @@ def case_and_channel(file_name: str, file_ending: str) -> tuple[str, int] | None
     """Case name and channel number in the name of an image file (`CASE_0001.nii.gz`: CASE and 1); None without one."""
     match = re.fullmatch(r"(.+)_(\d{4})" + re.escape(file_ending), file_name)
     return None if match is None else (match.group(1), int(match.group(2)))
+
+
+def channel_numbers(files: Sequence[str], file_ending: str) -> list[int] | None:
+    """The numbers in the names of one case's files (`CASE_0001.nii.gz`: 1), in the order of `files`.
+
+    None where these are no channel numbers: a name has none, or the names differ in more than the number.
+    """
+    found = [case_and_channel(os.path.basename(file), file_ending) for file in files]
+    named = [name for name in found if name is not None]
+    if len(named) < len(files) or len({case for case, _ in named}) != 1:
+        return None
+    return [number for _, number in named]
 
 
 def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:

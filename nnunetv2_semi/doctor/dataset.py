@@ -10,11 +10,11 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
 
 from nnunetv2_semi.data.atomic_files import read_json_object
-from nnunetv2_semi.data.case_channels import channel_numbers
 from nnunetv2_semi.data.dataset_settings import named_channels, num_channels, read_dataset_settings
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
     UNLABELLED_FOLDER,
+    channel_numbers,
     check_names_are_unlabelled,
     labelled_images_without_label,
     list_labelled_cases,

@@ -14,8 +14,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels, SeededBatches, UnlabelledPatchLoader
+from nnunetv2_semi.data.patch_channels import ModalityDrop
 from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
-from nnunetv2_semi.data.presence import ModalityDrop
 from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.settings import Settings
 from nnunetv2_semi.present_channels import present_modalities

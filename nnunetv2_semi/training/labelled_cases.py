@@ -10,8 +10,8 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.data.largest_component import number_of_components
-from nnunetv2_semi.data.presence import CaseChannels
 from nnunetv2_semi.methods.contract import WholeCase
 from nnunetv2_semi.present_channels import fill_absent, present_modalities
 

@@ -7,7 +7,6 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_semi.data.case_channels import (
     channel_names,
-    channel_numbers,
     channels_by_name,
     channels_of_case,
     channels_of_cases,
@@ -22,13 +21,6 @@ THREE = {"channel_names": {"0": "T1", "1": "T2", "2": "CT"}, "file_ending": ENDI
 
 def files(case, *channels):
     return [f"/data/{case}_{channel:04d}{ENDING}" for channel in channels]
-
-
-def test_numbers_are_read_from_names_that_differ_in_nothing_else():
-    assert channel_numbers(files("a_0007", 2, 0), ENDING) == [2, 0]
-    assert channel_numbers(["/data/scan.nii.gz"], ENDING) is None
-    assert channel_numbers(["/data/ct_0012.nii.gz", "/data/mr_0012.nii.gz"], ENDING) is None
-    assert channel_numbers([], ENDING) is None
 
 
 @pytest.mark.parametrize("channels", [[0], [1], [2], [0, 2], [2, 0], [0, 1, 2]])

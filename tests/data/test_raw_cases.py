@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nnunetv2_semi.data.raw_cases import (
+    channel_numbers,
     check_labelled_images_have_labels,
     check_names_are_unlabelled,
     labelled_images_without_label,
@@ -81,3 +82,10 @@ def test_a_name_that_is_labelled_and_unlabelled_is_refused():
     check_names_are_unlabelled(["a"], ["b"], "imagesTr")
     with pytest.raises(UserError, match="b, d.*remove"):
         check_names_are_unlabelled(["a", "b", "d"], ["d", "b", "c"], "imagesTr")
+
+
+def test_numbers_are_read_from_names_that_differ_in_nothing_else():
+    assert channel_numbers(["/data/a_0007_0002.nii.gz", "/data/a_0007_0000.nii.gz"], ".nii.gz") == [2, 0]
+    assert channel_numbers(["/data/scan.nii.gz"], ".nii.gz") is None
+    assert channel_numbers(["/data/ct_0012.nii.gz", "/data/mr_0012.nii.gz"], ".nii.gz") is None
+    assert channel_numbers([], ".nii.gz") is None

@@ -17,10 +17,10 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import create_paths_fn, get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi.data.atomic_files import read_json_object
-from nnunetv2_semi.data.case_channels import channel_numbers
 from nnunetv2_semi.data.dataset_settings import num_channels
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.data.raw_cases import (
+    channel_numbers,
     check_labelled_images_have_labels,
     check_names_are_unlabelled,
     list_labelled_cases,

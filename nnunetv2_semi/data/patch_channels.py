@@ -1,4 +1,4 @@
-"""Which channels the cases of patches have, and augmentation by dropping a modality."""
+"""Which channels the patches of a batch have, and augmentation by dropping a modality."""
 
 from __future__ import annotations
 
@@ -7,30 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
+from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.present_channels import fill_absent
-
-PRESENT_CHANNELS = "present_channels"  # in the properties of a preprocessed case that lacks channels
-
-
-class CaseChannels:
-    """Which channels each case of a preprocessed data set has, as its preprocessor recorded; read once per case."""
-
-    def __init__(self, dataset: nnUNetBaseDataset) -> None:
-        self._dataset = dataset
-        self._found: dict[str, list[int] | None] = {}
-
-    def present(self, cases: Sequence[str], num_channels: int) -> torch.Tensor:
-        """Which of ``num_channels`` channels each of ``cases`` has: bool (cases, channels)."""
-        rows = [[self._has(case, channel) for channel in range(num_channels)] for case in cases]
-        return torch.tensor(rows, dtype=torch.bool).reshape(len(cases), num_channels)
-
-    def _has(self, case: str, channel: int) -> bool:
-        if case not in self._found:
-            self._found[case] = self._dataset.load_case(case)[-1].get(PRESENT_CHANNELS)
-        channels = self._found[case]
-        return channels is None or channel in channels
 
 
 @dataclass(frozen=True)

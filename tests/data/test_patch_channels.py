@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS, CaseChannels
 from nnunetv2_semi.data.loader import SeededBatches
-from nnunetv2_semi.data.presence import PRESENT_CHANNELS, CaseChannels, ModalityDrop, mark_present
+from nnunetv2_semi.data.patch_channels import ModalityDrop, mark_present
 from nnunetv2_semi.data.views import IntensityViews, with_noise
 from nnunetv2_semi.present_channels import fill_absent, present_channels
 
