@@ -1,19 +1,33 @@
-"""Whatever depends on how nnU-Net 2.8 is written inside."""
+"""Workarounds for what nnU-Net 2.8 and batchgeneratorsv2 do inside, and calls that their interfaces do not offer.
+
+What extends a class of nnU-Net's depends on that version as well, in its own file: trainers (hooks, private attributes,
+entries of checkpoints), logger, loader, preprocessor, planners, and networks made of nnU-Net's encoders and decoders.
+`nnunetv2_semi.planning.whole_volumes` repeats numbers of nnU-Net's planner.
+
+Nothing of ours is imported, so that every module may import this one; what is slow to import is imported where it is
+needed, since worker processes import this module.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.crossval_split import generate_crossval_split
+import torch.distributed as dist
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from torch import nn
 
-from nnunetv2_semi.methods.settings import Settings
+if TYPE_CHECKING:
+    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunetv2_semi.methods.settings import Settings
 
 
 def plain_dataloaders(get_dataloaders: Callable[[], tuple]) -> tuple[nnUNetDataLoader, nnUNetDataLoader]:
@@ -35,8 +49,33 @@ def training_transforms_without_target(trainer: nnUNetTrainer) -> Callable:
         foreground_labels=trainer.label_manager.foreground_labels, regions=None, ignore_label=None)
 
 
+def use_one_blur(transform: BasicTransform | None) -> None:
+    """Set blurring to one algorithm: it takes the one that was faster in a trial, and the two differ in last digits."""
+    for part in _parts(transform):
+        if isinstance(part, GaussianBlurTransform):
+            part.benchmark = False
+
+
+def restore_channel_order(transform: BasicTransform | None) -> None:
+    """Undo what earlier batches did to the random binary operators, which shuffle their list of channels in place."""
+    for part in _parts(transform):
+        if isinstance(part, ApplyRandomBinaryOperatorTransform):
+            part.channel_idx.sort()
+
+
+def add_empty_class_locations(properties_file: str) -> None:
+    """nnU-Net's data loader reads this key of every case; without a label its preprocessor leaves it out."""
+    with open(properties_file, "rb") as file:
+        properties = pickle.load(file)
+    properties["class_locations"] = {}
+    with open(properties_file, "wb") as file:
+        pickle.dump(properties, file)
+
+
 def crossval_split(identifiers: list[str], num_folds: int) -> list[dict[str, list[str]]]:
     """nnU-Net's own seeded split, with another number of folds."""
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
     return generate_crossval_split(sorted(identifiers), seed=12345, n_splits=num_folds)
 
 
@@ -45,12 +84,20 @@ def sliding_window(trainer: nnUNetTrainer, network: nn.Module) -> Callable[[torc
 
     The network is used as it is, compiled or not; its deep supervision must be off.
     """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
     predictor = nnUNetPredictor(tile_step_size=1.0, use_gaussian=False, use_mirroring=False,
                                 perform_everything_on_device=False, device=trainer.device, allow_tqdm=False)
     with mock.patch.dict(os.environ, {"nnUNet_compile": "f"}):
         predictor.manual_initialization(network, trainer.plans_manager, trainer.configuration_manager, None,
                                         trainer.dataset_json, type(trainer).__name__, None)
     return torch.no_grad()(predictor.predict_sliding_window_return_logits)
+
+
+def train_on_cpu_under_gloo(trainer: nnUNetTrainer) -> None:
+    """nnU-Net takes it for granted that DDP means CUDA."""
+    if trainer.is_ddp and dist.get_backend() == "gloo":
+        trainer.device, trainer.grad_scaler = torch.device("cpu"), None
 
 
 def no_more_threads_than_cores(device: torch.device) -> None:
@@ -67,3 +114,14 @@ def take_over_settings(trainer: nnUNetTrainer, settings: Settings) -> None:
     for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every", "initial_lr"):
         setattr(trainer, name, getattr(settings, name))
     trainer.enable_deep_supervision = settings.deep_supervision
+
+
+def _parts(transform: BasicTransform | None) -> Iterator[BasicTransform]:
+    """The transform and all that it is composed of."""
+    if transform is None:
+        return
+    yield transform
+    for value in vars(transform).values():
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, BasicTransform):
+                yield from _parts(part)

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -65,8 +64,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.is_ddp and dist.get_backend() == "gloo":  # nnU-Net takes it for granted that DDP means CUDA
-            self.device, self.grad_scaler = torch.device("cpu"), None
+        compat.train_on_cpu_under_gloo(self)
         self.logger.local_logger = SemiLocalLogger()
         name = self.method_class.name
         found = self.method_class.completed(settings_from_plan(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import time
 import uuid
@@ -14,6 +13,7 @@ from functools import partial
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_semi import compat
 from nnunetv2_semi.data.case_records import CaseRecords
 from nnunetv2_semi.data.duplicates import ImageContent
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
@@ -133,7 +133,7 @@ def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tupl
             job.configuration_manager,
             job.dataset_json,  # type: ignore[arg-type]
         )
-        _add_empty_class_locations(target + ".pkl")
+        compat.add_empty_class_locations(target + ".pkl")
         outputs = {name: os.path.getsize(os.path.join(unfinished, name)) for name in sorted(os.listdir(unfinished))}
         for name in outputs:
             os.replace(os.path.join(unfinished, name), os.path.join(job.folder, name))
@@ -144,15 +144,6 @@ def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tupl
         return {}, one_line(error)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _add_empty_class_locations(properties_file: str) -> None:
-    """nnU-Net's data loader reads this key of every case; without a label its preprocessor leaves it out."""
-    with open(properties_file, "rb") as file:
-        properties = pickle.load(file)
-    properties["class_locations"] = {}
-    with open(properties_file, "wb") as file:
-        pickle.dump(properties, file)
 
 
 def _remove_leftovers(folder: str) -> None:

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
+from nnunetv2_semi import compat
 from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.data.patch_channels import ModalityDrop, mark_present
 from nnunetv2_semi.processes.pool import exit_with_parent
@@ -98,8 +97,7 @@ class SeededBatches(Dataset):
     A batch says which channels its patches have, see `mark_present`.
 
     Args:
-        loaders: nnU-Net loaders by name. Blurring of their transforms is set to one algorithm: nnU-Net's takes the one
-            that was faster in a trial, and the two differ in the last digits.
+        loaders: nnU-Net loaders by name. Their transforms are changed, see `compat.use_one_blur`.
         seed: of the run, 0 or greater.
         stream: name that keeps apart uses within a run ("training", "validation").
         rank: of the process under DDP, 0 or greater.
@@ -114,19 +112,13 @@ class SeededBatches(Dataset):
         self.seed = seed
         self.stream = stream
         self.rank = rank
-        self._order_dependent: list[ApplyRandomBinaryOperatorTransform] = []
         for loader in self.loaders.values():
-            for transform in _all_transforms(loader.transforms):
-                if isinstance(transform, GaussianBlurTransform):
-                    transform.benchmark = False
-                elif isinstance(transform, ApplyRandomBinaryOperatorTransform):
-                    self._order_dependent.append(transform)
+            compat.use_one_blur(loader.transforms)
 
     def __getitem__(self, index: int) -> dict[str, LoadedBatch]:
         batches: dict[str, LoadedBatch] = {}
         for name, loader in self.loaders.items():
-            for transform in self._order_dependent:
-                transform.channel_idx.sort()  # it shuffles this list in place
+            compat.restore_channel_order(loader.transforms)
             entropy = (self.seed, zlib.crc32(self.stream.encode()), self.rank, zlib.crc32(name.encode()), index)
             with _seeded(np.random.SeedSequence(entropy)):
                 batches[name] = loader.generate_train_batch()
@@ -235,17 +227,6 @@ def _seeded(sequence: np.random.SeedSequence) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
-
-
-def _all_transforms(transform: BasicTransform | None) -> Iterator[BasicTransform]:
-    """The transform and all that it is composed of."""
-    if transform is None:
-        return
-    yield transform
-    for value in vars(transform).values():
-        for part in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(part, BasicTransform):
-                yield from _all_transforms(part)
 
 
 def _unchanged(batch: object) -> object:
