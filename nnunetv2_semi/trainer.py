@@ -18,16 +18,10 @@ from tqdm import tqdm
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.case_channels import CaseChannels
-from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels
+from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels, read_dataset_settings
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels
-from nnunetv2_semi.distributed import (
-    broadcast_from_first,
-    mean_over_processes,
-    on_first_process,
-    sum_over_processes,
-)
+from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.losses.predictions import dice_from_counts
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.rows import Rows
@@ -38,11 +32,10 @@ from nnunetv2_semi.present_channels import present_modalities
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.training import batches, checkpoints, pictures, splits, unlabelled_foreground
 from nnunetv2_semi.training.context import build_context
+from nnunetv2_semi.training.domains import cases_of_domains, print_dice_of_domains
 from nnunetv2_semi.training.logs import EpochValues, SemiLocalLogger, log_values, to_floats, values_of_terms
 from nnunetv2_semi.training.step import TrainingStep
-from nnunetv2_semi.training.validation import Predicted, rows_with_own_target
-
-_COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # what nnU-Net's validation step returns
+from nnunetv2_semi.training.validation import COUNTS, Predicted, dice_by_name, rows_with_own_target
 
 
 class nnUNetTrainerSemi(nnUNetTrainer):
@@ -70,6 +63,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         found = self.method_class.completed(settings_from_plan(
             self.method_class.Settings, self.configuration_manager.configuration.get("semi", {}), name))
         self.modalities = found.modalities or modalities_or_channels(dataset_json)
+        self.domains = read_dataset_settings(dataset_json).domains
         self.settings = found.model_copy(update={"modalities": self.modalities,
                                                  "regions": self.label_manager.has_regions})
         # What a network depends on travels in the plans, and with them how the model was made.
@@ -136,8 +130,10 @@ class nnUNetTrainerSemi(nnUNetTrainer):
                                  seed=self.settings.seed, max_skipped_steps=self.settings.max_skipped_steps)
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
-        self.print_to_log_file(f"Method {self.method.name}, passes "
-                               f"{'joined' if context.arrangement.one_pass else 'one after another'}, "
+        for note in self.method.notes():
+            self.print_to_log_file(note)
+        self.print_to_log_file(f"Method {self.method.name}, forward passes "
+                               f"{'all at once' if context.arrangement.one_pass else 'one after another'}, "
                                f"settings: {self.semi}", add_timestamp=False)
 
     def configure_optimizers(self) -> tuple:
@@ -262,28 +258,26 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.method.eval()
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's validation step with the deployed network, and with each part by itself."""
+        """nnU-Net's validation step with the deployed network, with each part by itself, and of each domain."""
         outputs = {}
         present = batches.modalities_of(batch["labelled"], self.modalities)
         labelled = {**batch["labelled"], "data": batch["labelled"]["data"].to(self.device, non_blocking=True)}
         with self.step.autocast():
             deployed, parts = self.method.predictions(labelled["data"])
-        for name, logits in parts.items():
-            rows = Rows.where(self.method.part_applies(name, present))
+        chosen = {name: (logits, self.method.part_applies(name, present)) for name, logits in parts.items()}
+        chosen.update({f"domain_{name}": (deployed, own)
+                       for name, own in cases_of_domains(self.domains, labelled["keys"]).items()})
+        for name, (logits, applies) in chosen.items():
+            rows = Rows.where(applies)
             with self._validating(Predicted(rows.of(logits))):
                 counts = super().validation_step(rows_with_own_target(labelled, rows))
-            outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in _COUNTS})
+            outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in COUNTS})
         with self._validating(Predicted(deployed)):
             return {**super().validation_step(labelled), **outputs}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
-        dice = {}
-        for name in self.method.parts():
-            counts = np.stack([np.sum([o[f"{count}/{name}"] for o in val_outputs], 0) for count in _COUNTS])
-            summed = sum_over_processes(torch.from_numpy(counts.astype(np.float32)).to(self.device))
-            dice[f"validation_dice_{name}"] = float(dice_from_counts(summed))
-        log_values(self, dice)
+        log_values(self, dice_by_name(val_outputs, self.device))
         pictures.draw_when_due(self)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -311,6 +305,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             self.print_to_log_file("Validation of the deployed network:")
         with self._validating(self.method.deployable()):
             super().perform_actual_validation(save_probabilities)
+        print_dice_of_domains(self, self.domains)
 
     # checkpoints
 

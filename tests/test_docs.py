@@ -32,6 +32,7 @@ from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
+from nnunetv2_semi.methods.synfoc import SynFoC
 from nnunetv2_semi.methods.uamt import UAMT
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 from nnunetv2_semi.training.step import TrainingStep
@@ -132,7 +133,7 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
     assert trainer.method_class is example.EntropyMinimisation
 
 
-METHODS = [Mix, Supervised, SemiCML, MeanTeacher, RCPS, MASS, UAMT, FixMatch, CPS, BCP]
+METHODS = [Mix, Supervised, SemiCML, MeanTeacher, RCPS, MASS, UAMT, FixMatch, CPS, BCP, SynFoC]
 
 
 def test_settings_tables_are_what_the_command_writes():

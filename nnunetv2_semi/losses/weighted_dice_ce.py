@@ -36,17 +36,18 @@ class WeightedDiceCE:
         """The loss, a scalar; 0 gradient where no voxel counts.
 
         Args:
-            output: logits (B, K, *spatial), or a list of them, finest first.
+            output: logits (B, K, *spatial), or a list of them, finest first; a single scale counts whole.
             labels: of the finest output: class numbers (B, 1, *spatial), for regions 0 or 1, (B, K, *spatial).
             weight: of each voxel's label, bool or 0 to 1, (B, 1, *spatial) or as ``labels``. Where it is 0 the label
                 may be anything, nnU-Net's ignore label for one.
         """
         labels = torch.where(weight > 0, labels, 0)
+        scales = all_scales(output)
         return summed_over_scales(
-            self.scale_weights,
+            self.scale_weights if len(scales) > 1 else (1.0,),
             lambda logits: self._at_one_scale(logits, nearest(labels, logits.shape[2:]),
                                               nearest(weight, logits.shape[2:])),
-            all_scales(output))
+            scales)
 
     def _at_one_scale(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         entropy = voxel_cross_entropy(logits, labels, self.regions)

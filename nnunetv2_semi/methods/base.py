@@ -110,6 +110,10 @@ class Method(nn.Module):
         own = [child for child in self.children() if not any(isinstance(m, Teacher) for m in child.modules())]
         return [*own, *(module.network for module in self.modules() if isinstance(module, Teacher))]
 
+    def notes(self) -> list[str]:
+        """What the log shall say of the networks as they were built."""
+        return []
+
     def on_start(self) -> None:
         """Before the first step of a new training, after pretrained weights were loaded: teachers take them over."""
         for module in self.modules():

@@ -72,8 +72,8 @@ class Settings(BaseModel):
     )
     arrangement: Literal["auto", "sequential", "one_pass"] = setting(
         "auto",
-        '`"sequential"`: passes of a step one after another, gradients accumulated (little memory); '
-        '`"one_pass"`: joined (faster); `"auto"`: joined as far as the plan has room',
+        '`"sequential"`: the forward passes of a step one after another, gradients accumulated (little memory); '
+        '`"one_pass"`: all at once (faster); `"auto"`: as many at once as `planned_graphs` says',
     )
     planned_graphs: int = setting(
         1,
@@ -83,7 +83,7 @@ class Settings(BaseModel):
     )
     gradient_checkpointing: bool = setting(
         False,
-        "recompute what is within a stage of a network for its gradient: less memory in every arrangement, "
+        "recompute what is within a stage of a network for its gradient: less memory however passes are arranged, "
         "about a third more time",
     )
     final_validation: bool = setting(

@@ -39,6 +39,6 @@ def _remove(names: frozenset[str], module: nn.Module, state: dict[str, torch.Ten
 def _complete(names: frozenset[str], module: nn.Module, state: dict[str, torch.Tensor], prefix: str,
               *_: object) -> None:
     """``state`` is torch's own copy of what is loaded; parameters are handed to themselves."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     for name in names:
         state.setdefault(prefix + name, own[name].detach())

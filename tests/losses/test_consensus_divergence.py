@@ -16,8 +16,8 @@ def two_predictions(heads, shape, seed=0):
 def naive(first, second, regions):
     """Both losses, number by number; for regions each region is a softmax of two classes."""
     if regions:
-        losses = [naive(torch.stack([1 - first[:, k], first[:, k]], 1), torch.stack([1 - second[:, k], second[:, k]], 1),
-                        False) for k in range(first.shape[1])]
+        losses = [naive(*(torch.stack([1 - p[:, k], p[:, k]], 1) for p in (first, second)), False)
+                  for k in range(first.shape[1])]
         return tuple(sum(values) / len(losses) for values in zip(*losses, strict=True))
     p, q = first.flatten(2), second.flatten(2)
     consensus = divergence = 0.0

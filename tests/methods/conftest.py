@@ -44,8 +44,8 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
     return Context(supervised_loss=loss, weighted_loss=WeightedDiceCE(regions, weights, batch_dice=False),
                    regions=regions, ignore_label=ignore_label, spacing=spacing, modalities=modalities,
                    arrangement=Arrangement(one_pass, images_per_pass), scale_weights=weights, patch_size=(8, 8, 8),
-                   image_size=(8.0, 8.0, 8.0), num_channels=channels, num_heads=3,
-                   training_cases=lambda: iter(()), mirror_axes=mirror_axes, single_components=lambda: single_components)
+                   image_size=(8.0, 8.0, 8.0), num_channels=channels, num_heads=3, training_cases=lambda: iter(()),
+                   mirror_axes=mirror_axes, single_components=lambda: single_components)
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

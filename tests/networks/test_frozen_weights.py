@@ -53,6 +53,14 @@ def test_holds_within_a_larger_module_and_in_copies():
     assert torch.equal(whole["b"][0].weight, torch.full((4, 3), 3.0)), "a copy completes from itself"
 
 
+def test_a_weight_under_two_names_is_left_out_under_both():
+    network = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    network["b"].weight = network["a"].weight
+    leave_out_of_state_dict(network, ["a.weight", "b.weight"])
+    assert sorted(network.state_dict()) == ["a.bias", "b.bias"]
+    network.load_state_dict(network.state_dict())
+
+
 def test_unknown_name_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         leave_out_of_state_dict(nn.Linear(1, 1), ["nothing"])
