@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.machinery import ModuleSpec
+from io import StringIO
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -95,6 +100,60 @@ def naive_weighted_dice_ce(outputs: Sequence[torch.Tensor], labels: torch.Tensor
 @pytest.fixture(name="naive_weighted_dice_ce")
 def _naive_weighted_dice_ce():
     return naive_weighted_dice_ce
+
+
+@contextmanager
+def worker_threads() -> Iterator[None]:
+    """Threads where nnU-Net starts worker processes, each of which imports torch; fingerprints of few voxels.
+
+    For the intensities of a data set nnU-Net draws 10^8 voxels, with replacement, however few there are.
+    """
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    stock = DatasetFingerprintExtractor.__init__
+
+    def of_few_voxels(self: DatasetFingerprintExtractor, *args: object, **kwargs: object) -> None:
+        stock(self, *args, **kwargs)  # type: ignore[arg-type]
+        self.num_foreground_voxels_for_intensitystats = 1e5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+        patch.setattr(DatasetFingerprintExtractor, "__init__", of_few_voxels)
+        yield
+
+
+def run_in_this_process(workspace: Path, name: str, *arguments: str) -> str:
+    """What a command of nnU-Net's or ours prints when it runs on the workspace's folders, in this process.
+
+    It does what a process of its own would do, but for the seconds that such a process takes to import torch.
+    """
+    import torch
+
+    found = list(importlib.metadata.entry_points(group="console_scripts", name=name))
+    if not found:
+        pytest.skip(f"{name} is not installed")
+    with worker_threads(), pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(folder, str(workspace / folder))
+        patch.setattr(sys, "argv", [name, *arguments])
+        patch.setattr(torch, "set_num_interop_threads", lambda number: None)  # which can be set only once
+        threads = torch.get_num_threads()
+        try:
+            status = found[0].load()()
+        finally:
+            torch.set_num_threads(threads)
+    assert not status, printed.getvalue()[-3000:]
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="session", name="worker_threads")
+def _worker_threads():
+    return worker_threads
+
+
+@pytest.fixture(scope="session", name="run_in_this_process")
+def _run_in_this_process():
+    return run_in_this_process
 
 
 def pytest_report_header() -> str:

@@ -62,6 +62,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip().endswith(nnunetv2_semi.__version__)
 
 
+@pytest.mark.e2e
 def test_help_lists_every_command_without_importing_torch(tmp_path: Path) -> None:
     # Appended: site-packages at the front would put an outdated argparse.py, which lies there, before Python's own.
     root = str(Path(nnunetv2_semi.__file__).parents[1])

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "nnunetv2_semi", "trainers", "planners")
 
 pytestmark = [
+    pytest.mark.e2e,
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree"),
 ]

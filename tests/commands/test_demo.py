@@ -153,6 +153,7 @@ def test_missing_prediction_is_an_error(
     assert "no prediction for case_0025" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
 @pytest.mark.parametrize(("sent", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_ends_all_processes_and_cleans_up(

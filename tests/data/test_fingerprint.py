@@ -63,13 +63,14 @@ def test_statistics_of_a_channel_are_those_of_the_cases_that_have_it(tmp_path):
     json.dumps(found)
 
 
-def test_where_nothing_is_missing_the_numbers_are_nnunets(tiny):
+def test_where_nothing_is_missing_the_numbers_are_nnunets(tiny, worker_threads):
     tiny.dataset_json["channel_names"] = CHANNELS["channel_names"]
     tiny.save()
     extractor = DatasetFingerprintExtractor("Dataset001_Tiny", num_processes=1)
     extractor.show_progress_bar = False
     extractor.num_foreground_voxels_for_intensitystats = 2000
-    extractor.run()
+    with worker_threads():
+        extractor.run()
     file = tiny.preprocessed_folder / "dataset_fingerprint.json"
     found = extract(extractor.dataset, tiny.dataset_json, samples_per_case=1000)
     assert json.loads(json.dumps(found)) == json.loads(file.read_text())

@@ -65,14 +65,14 @@ def test_from_0_for_unrelated_images_to_1_for_the_same():
 def rounding_bound(image, reference, window=9):
     """How far float32 may be from the exact NCC^2 of two float32 images by rounding alone, per voxel.
 
-    With u = 2^-24, a sum of n terms, each passing through at most k additions, is off by k u sum |term| to first order.
+    With u = 2^-24, a sum of terms that each pass through at most k additions is off by k u sum |term| to first order.
     A window's sum takes floor(log2 w) + (ones among the binary digits of w) - 1 additions along each axis, and one for
     the zeros around the image; its terms, products of two differences from the mean, are rounded 3 times. So k of them.
-    With A = sum a^2, B = sum b^2 over the n voxels of a window, a and b the images less their means: sum |a b| is at most
-    sqrt(A B), and |sum a| at most sqrt(n A). Then A - (sum a)^2 / n is off by e A, with e = (3 k + 4) u: k for A, twice
-    k for the square of the sum, 4 for the remaining operations. Likewise the covariance is off by e sqrt(A B). Over the
-    variances V and W, with x = e A / V and y = e B / W, that makes NCC^2 <= 1 wrong by less than
-    (4 m + m^2) / (1 - 2 m) <= 6 m for m = (x + y) / 2 <= 1/8.
+    Let a and b be the images less their means, A and B the sums of a^2 and b^2 over the n voxels of a window. Then
+    sum |a b| is at most sqrt(A B) and |sum a| at most sqrt(n A), so that the variance V = A - (sum a)^2 / n is off by
+    e A, with e = (3 k + 4) u: k for A, 2 k for the square of the sum, 4 for the other operations. W is so by e B, the
+    covariance by e sqrt(A B). With x = e A / V and y = e B / W, NCC^2 <= 1 is off by less than
+    (4 m + m^2) / (1 - 2 m) <= 6 m, for m = (x + y) / 2 <= 1/8.
     """
     dims = image.ndim - 2
     additions = dims * (window.bit_length() - 1 + window.bit_count() - 1) + 1 + 3

@@ -15,6 +15,12 @@ DATASET = 2
 INTENSITIES = "foreground_intensity_properties_per_channel"
 
 
+@pytest.fixture(autouse=True)
+def _threads(worker_threads):
+    with worker_threads():
+        yield
+
+
 @pytest.fixture
 def data_set(raw_dataset, tmp_path) -> tuple[Path, Path]:
     """Raw folder of two complete cases, and the fingerprint that is to be."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import torch
 from nnunetv2.training.logging import nnunet_logger
 
 ON_CPU = ("-device", "cpu", "--disable_tta")
-ONE_PROCESS = ("-npp", "0", "-nps", "0")  # each further one takes seconds to import torch
+ONE_PROCESS = ("-npp", "0", "-nps", "0")
 PROCESSES = ("-npp", "1", "-nps", "1")
 WORKER = Path(__file__).parent / "ddp_worker.py"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -55,7 +56,8 @@ def set_semi(workspace: Path, **semi: object) -> None:
     plans_path(workspace).write_text(json.dumps(plans))
 
 
-def prepare(workspace: Path, configuration: str, monkeypatch: pytest.MonkeyPatch, **phantom: object) -> None:
+def prepare(worker_threads: Callable, workspace: Path, configuration: str, monkeypatch: pytest.MonkeyPatch,
+            extractor: str = "nnUNetFingerprintExtractorSemi", **phantom: object) -> None:
     """Phantom -> plans and preprocessed cases, in this process, which uses the workspace's folders from here on."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, preprocess_dataset
     from nnunetv2.experiment_planning.semi.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
@@ -67,27 +69,22 @@ def prepare(workspace: Path, configuration: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(folder, str(workspace / folder))
     sizes = {"labelled": 3, "unlabelled": 2, "test": 1, **phantom}
     make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", **sizes)  # type: ignore[arg-type]
-    with monkeypatch.context() as patch:  # threads: a process takes seconds to import torch
-        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
-        extract_fingerprints([1], "nnUNetFingerprintExtractorSemi", num_processes=1)
+    with worker_threads():
+        extract_fingerprints([1], extractor, num_processes=1)
         nnUNetPlannerSemiCPU(1).plan_experiment()
         preprocess_dataset(1, "nnUNetSemiCPUPlans", [configuration], num_processes=[1])
     set_semi(workspace, num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, save_every=1)
 
 
 @pytest.fixture(scope="session")
-def phantom_workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A planned and preprocessed 3D phantom with two modalities, made by nnU-Net's own command."""
-    from nnunetv2_semi.data.phantom import make_phantom_dataset
-
+def phantom_workspace(tmp_path_factory: pytest.TempPathFactory, worker_threads: Callable) -> Iterator[Path]:
+    """A planned and preprocessed 3D phantom with two modalities."""
     workspace = tmp_path_factory.mktemp("phantom")
-    for folder in FOLDERS:
-        (workspace / folder).mkdir()
-    make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", labelled=3, unlabelled=3, test=1, shape=(16, 20, 16))
-    result = run_command(workspace, "nnUNetv2_plan_and_preprocess", "-d", "1", "-pl", "nnUNetPlannerSemiCPU",
-                         "-c", "3d_fullres", "-np", "1", "-npfp", "1")
-    assert "unlabelled" in result.stdout
-    set_semi(workspace, num_epochs=3, num_iterations_per_epoch=3, num_val_iterations_per_epoch=1, save_every=1)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        prepare(worker_threads, workspace, "3d_fullres", patch, "DatasetFingerprintExtractor", unlabelled=3,
+                shape=(16, 20, 16))
+    assert "unlabelled" in printed.getvalue()
+    set_semi(workspace, num_epochs=3, num_iterations_per_epoch=3)
     yield workspace
     shutil.rmtree(workspace, ignore_errors=True)
 
@@ -108,27 +105,46 @@ def make_trainer(workspace: Path, trainer: str, configuration: str = "3d_fullres
     return cls(plans, configuration, fold, dataset_json, torch.device("cpu"))
 
 
-def predict_without_this_package(workspace: Path, images: Path, output: Path, model: Path) -> None:
-    """Predict with an exported model in a process in which this package cannot be imported."""
-    program = (
-        "import sys, importlib.abc\n"
-        "class Refuse(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if 'nnunetv2_semi' in name or name.endswith('.semi'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
-        "if __name__ == '__main__': predict_entry_point_modelfolder()\n")
-    script = output.with_suffix(".py")
+def predict_without_this_package(workspace: Path, tasks: Sequence[tuple[Path, Path, Path]],
+                                 workers: bool = False) -> None:
+    """Predict with exported models in a process in which this package cannot be imported.
+
+    tasks: images, output folder and model folder of each. workers: nnU-Net's further processes, in which it cannot be
+    imported either, instead of the main process alone, for which that command of nnU-Net's has no option.
+    """
+    program = """
+import importlib.abc, json, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if 'nnunetv2_semi' in name or name.endswith('.semi'): raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point_modelfolder
+def alone(self, images, output, save_probabilities, overwrite, **workers):
+    self.predict_from_files_sequential(images, output, save_probabilities=save_probabilities, overwrite=overwrite)
+if __name__ == '__main__':
+    if sys.argv[1] == 'alone':
+        nnUNetPredictor.predict_from_files = alone
+    for arguments in json.loads(sys.argv[2]):
+        sys.argv[1:] = arguments
+        predict_entry_point_modelfolder()
+"""
+    script = workspace / "predict_without_this_package.py"
     script.write_text(program)
-    result = subprocess.run([sys.executable, script, "-i", images, "-o", output, "-m", model, "-f", "0", *ON_CPU,
-                             *PROCESSES, "--save_probabilities"], env=environment(workspace), text=True, timeout=300,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    calls = [["-i", str(images), "-o", str(output), "-m", str(model), "-f", "0", *ON_CPU, *PROCESSES,
+              "--save_probabilities"] for images, output, model in tasks]
+    result = subprocess.run([sys.executable, script, "workers" if workers else "alone", json.dumps(calls)],
+                            env=environment(workspace), text=True, timeout=300, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def run_workers(what: str, kind: str, world: int, folder: Path, workspace: Path) -> None:
-    """Run ddp_worker.py in ``world`` processes on a workspace's folders; results go to ``folder``."""
-    workers = [subprocess.Popen([sys.executable, WORKER, what, kind, str(rank), str(world), folder],
+def run_workers(works: Sequence[tuple[str, str]], world: int, folder: Path, workspace: Path) -> None:
+    """Run ddp_worker.py in ``world`` processes on a workspace's folders; results go to ``folder``.
+
+    works: ("steps" or "training", kind), one after another.
+    """
+    together = ",".join(f"{what}:{kind}" for what, kind in works)
+    workers = [subprocess.Popen([sys.executable, WORKER, together, str(rank), str(world), folder],
                                 env=environment(workspace), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True) for rank in range(world)]
     try:
@@ -162,10 +178,10 @@ def no_progress_png(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="session")
-def tools():
+def tools(worker_threads: Callable, run_in_this_process: Callable):
     """The functions above."""
-    return SimpleNamespace(run=run_command, set_semi=set_semi, prepare=prepare, plans_path=plans_path,
-                           load=load_checkpoint, trainer=make_trainer, environment=environment, command=command,
-                           folders=FOLDERS, on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES,
-                           run_workers=run_workers, states_equal=states_equal,
-                           predict_without_this_package=predict_without_this_package)
+    return SimpleNamespace(run=run_command, call=run_in_this_process, set_semi=set_semi,
+                           prepare=partial(prepare, worker_threads), plans_path=plans_path, load=load_checkpoint,
+                           trainer=make_trainer, environment=environment, command=command, folders=FOLDERS,
+                           on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES, run_workers=run_workers,
+                           states_equal=states_equal, predict_without_this_package=predict_without_this_package)

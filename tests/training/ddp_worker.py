@@ -1,5 +1,6 @@
-"""One process of a two-process training on the CPU; run by test_ddp.py, which passes rank, world size and folders."""
+"""One process of a two-process training on the CPU; run by run_workers of conftest.py."""
 
+import importlib.util
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -8,14 +9,10 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "methods"))
-sys.path.insert(0, str(HERE))
 
 
 def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     """A few steps of a method on fixed batches, of which each process has its share."""
-    from conftest import context, random_batch, small_network
-
     from nnunetv2_semi.methods.base import Batch
     from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
     from nnunetv2_semi.methods.mix import Mix, MixSettings
@@ -24,6 +21,8 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     from nnunetv2_semi.networks.modality_branches import ModalityBranches
     from nnunetv2_semi.training.step import TrainingStep
 
+    small = conftest_of(HERE.parent / "methods")
+    context, random_batch, small_network = small.context, small.random_batch, small.small_network
     # each process draws its own views
     as_it_is = {"cutmix": 0.0, "view_noise": 0.0, "view_scale": 0.0, "view_shift": 0.0, "view_gamma": 0.0}
     torch.manual_seed(1)
@@ -55,22 +54,29 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
 
 def training(rank: int, world: int, folder: Path, kind: str) -> None:
     """A whole training of a trainer on the phantom whose folders the environment names."""
-    from conftest import make_trainer
-
-    trainer = make_trainer(folder / "w", f"nnUNetTrainerSemi{kind}")
+    trainer = conftest_of(HERE).make_trainer(folder / "w", f"nnUNetTrainerSemi{kind}")
     trainer.run_training()
     torch.save({"state": trainer.method.state_dict(), "batch": trainer.batch_size, "foreground": trainer.foreground},
                folder / f"run_{kind}_{rank}.pt")
 
 
+def conftest_of(folder: Path):
+    """The conftest module of a folder."""
+    spec = importlib.util.spec_from_file_location(f"conftest_of_{folder.name}", folder / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
-    what, kind, rank, world, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5])
-    if what == "steps":
-        sys.path.remove(str(HERE))
+    works, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{what}_{kind}", rank=rank,
-                                world_size=world, timeout=timedelta(minutes=4))
-    {"steps": steps, "training": training}[what](rank, world, folder, kind)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+                                timeout=timedelta(minutes=4))
+    for work in works:
+        what, kind = work.split(":")
+        {"steps": steps, "training": training}[what](rank, world, folder, kind)
     if world > 1:
         dist.destroy_process_group()

@@ -6,31 +6,42 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.e2e
 
-@pytest.mark.parametrize("kind", ["MeanTeacher", "SemiCML", "RCPS", "Mix"])
-def test_two_processes_reach_the_weights_of_one(tools, tmp_path, kind):
-    tools.run_workers("steps", kind, 2, tmp_path, tmp_path)
-    tools.run_workers("steps", kind, 1, tmp_path, tmp_path)
-    alone, first, second = (torch.load(tmp_path / f"{kind}_{name}.pt", weights_only=False)["state"]
+METHODS = ["MeanTeacher", "SemiCML", "RCPS", "Mix"]
+TRAINERS = ["CML", "Mix"]
+
+
+@pytest.fixture(scope="module")
+def results(tools, tmp_path_factory, phantom_workspace):
+    """The folder with what the processes wrote: steps and whole trainings of two, and the same steps of one."""
+    folder = tmp_path_factory.mktemp("ddp")
+    shutil.copytree(phantom_workspace, folder / "w")
+    tools.set_semi(folder / "w", num_epochs=2, SemiCML={"prel_start": 0.5}, Mix={"unlabelled_foreground": 0.5})
+    steps, trainings = ([(what, kind) for kind in kinds]
+                        for what, kinds in (("steps", METHODS), ("training", TRAINERS)))
+    tools.run_workers([*steps, ("steps", "nan"), *trainings], 2, folder, folder / "w")
+    tools.run_workers(steps, 1, folder, folder / "w")
+    return folder
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_two_processes_reach_the_weights_of_one(tools, results, kind):
+    alone, first, second = (torch.load(results / f"{kind}_{name}.pt", weights_only=False)["state"]
                             for name in ("1_0", "2_0", "2_1"))
     tools.states_equal(first, second, 0.0)
     tools.states_equal(alone, first, 2e-5)
 
 
-def test_a_non_finite_term_in_one_process_is_left_out_in_both(tools, tmp_path):
-    tools.run_workers("steps", "nan", 2, tmp_path, tmp_path)
-    first, second = (torch.load(tmp_path / f"nan_2_{rank}.pt", weights_only=False) for rank in (0, 1))
+def test_a_non_finite_term_in_one_process_is_left_out_in_both(tools, results):
+    first, second = (torch.load(results / f"nan_2_{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first["skipped"] == second["skipped"] == [0, 1, 0, 0]
     tools.states_equal(first["state"], second["state"], 0.0)
 
 
-@pytest.mark.parametrize("kind", ["CML", "Mix"])
-def test_a_whole_training_keeps_the_processes_together(tools, tmp_path, phantom_workspace, kind):
-    workspace = tmp_path / "w"
-    shutil.copytree(phantom_workspace, workspace)
-    tools.set_semi(workspace, num_epochs=2, SemiCML={"prel_start": 0.5}, Mix={"unlabelled_foreground": 0.5})
-    tools.run_workers("training", kind, 2, tmp_path, workspace)
-    first, second = (torch.load(tmp_path / f"run_{kind}_{rank}.pt", weights_only=False) for rank in (0, 1))
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_whole_training_keeps_the_processes_together(tools, results, kind):
+    first, second = (torch.load(results / f"run_{kind}_{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first["batch"] == second["batch"] == 1
     tools.states_equal(first["state"], second["state"], 0.0)
     assert first["foreground"].keys() == second["foreground"].keys()

@@ -1,4 +1,7 @@
-"""Cases that have one modality each, or some of them, through the commands that users type."""
+"""Cases that have one modality each, or some of them, through the commands that users type.
+
+`tools.call` runs them in this process.
+"""
 
 import json
 import os
@@ -9,6 +12,8 @@ import pytest
 import torch
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
+
+pytestmark = pytest.mark.e2e
 
 CONFIGURATIONS = {"SemiCML": "3d_fullres", "SemiMASS": "3d_atlas", "SemiMeanTeacher": "3d_fullres"}
 
@@ -21,9 +26,9 @@ def unpaired(tools, tmp_path_factory):
         (workspace / folder).mkdir(parents=True)
     make_phantom_dataset(workspace / "nnUNet_raw", 1, "Phantom", labelled=4, unlabelled=4, test=2, shape=(16, 20, 16),
                          unpaired=True)
-    printed = tools.run(workspace, "nnUNetv2_plan_and_preprocess", "-d", "1", "-pl", "nnUNetPlannerSemiCPU", "-fpe",
-                        "nnUNetFingerprintExtractorSemi", "-c", "3d_fullres", "3d_atlas", "-np", "1", "1", "-npfp",
-                        "1").stdout
+    printed = tools.call(workspace, "nnUNetv2_plan_and_preprocess", "-d", "1", "-pl", "nnUNetPlannerSemiCPU", "-fpe",
+                         "nnUNetFingerprintExtractorSemi", "-c", "3d_fullres", "3d_atlas", "-np", "1", "1", "-npfp",
+                         "1")
     assert "lack channels" in printed
     tools.set_semi(workspace, num_epochs=2, num_iterations_per_epoch=3, num_val_iterations_per_epoch=1, save_every=1)
     yield workspace
@@ -42,8 +47,8 @@ def model_folder(workspace, trainer):
 def trained(request, unpaired, tools):
     """Name of a trainer that was trained, and what was printed."""
     trainer = request.param
-    printed = tools.run(unpaired, "nnUNetv2_train", "1", CONFIGURATIONS[trainer], "0", "-tr", f"nnUNetTrainer{trainer}",
-                        "-p", "nnUNetSemiCPUPlans", "-device", "cpu").stdout
+    printed = tools.call(unpaired, "nnUNetv2_train", "1", CONFIGURATIONS[trainer], "0", "-tr",
+                         f"nnUNetTrainer{trainer}", "-p", "nnUNetSemiCPUPlans", "-device", "cpu")
     return trainer, printed
 
 
@@ -52,38 +57,48 @@ def images(workspace):
 
 
 def predict(tools, workspace, trainer, output):
-    processes = tools.processes if trainer == "SemiMeanTeacher" else tools.one_process
-    tools.run(workspace, "nnUNetv2_predict", "-i", str(images(workspace)), "-o", str(output), *model(trainer), "-f",
-              "0", *tools.on_cpu, *processes, "--save_probabilities")
+    arguments = ("nnUNetv2_predict", "-i", str(images(workspace)), "-o", str(output), *model(trainer), "-f", "0",
+                 *tools.on_cpu, "--save_probabilities")
+    if trainer == "SemiMeanTeacher":
+        tools.run(workspace, *arguments, *tools.processes)
+    else:
+        tools.call(workspace, *arguments, *tools.one_process)
     return {file.stem: np.load(file)["probabilities"] for file in output.glob("*.npz")}
 
 
-def test_a_training_goes_through_and_stock_prediction_takes_any_modality(trained, unpaired, tools, tmp_path):
-    trainer, printed = trained
+@pytest.fixture(scope="module")
+def predicted(trained, unpaired, tools, tmp_path_factory):
+    """Case -> what stock prediction gives with the whole model."""
+    return predict(tools, unpaired, trained[0], tmp_path_factory.mktemp("predicted") / "out")
+
+
+def test_a_training_goes_through_and_stock_prediction_takes_any_modality(trained, unpaired, predicted):
+    _, printed = trained
     assert "Mean Validation Dice" in printed
-    predicted = predict(tools, unpaired, trainer, tmp_path / "out")
     names = {file.name.removesuffix(".nii.gz")[:-5] for file in images(unpaired).iterdir()}
     assert len(predicted) == len(names) == 2
     assert all(np.isfinite(probability).all() for probability in predicted.values())
 
 
-def test_an_exported_modality_predicts_what_the_whole_model_does_of_it(trained, unpaired, tools, tmp_path):
+def test_an_exported_modality_predicts_what_the_whole_model_does_of_it(trained, unpaired, predicted, tools, tmp_path):
     """The predictions of images that have one modality are those of that modality's own model."""
     trainer, _ = trained
     if trainer == "SemiMeanTeacher":
         pytest.skip("one network for all modalities")
-    predicted = predict(tools, unpaired, trainer, tmp_path / "all")
-    tools.run(unpaired, "nnunetv2_semi", "export", *model(trainer), "-o", str(tmp_path / "exported"))
+    tools.call(unpaired, "nnunetv2_semi", "export", *model(trainer), "-o", str(tmp_path / "exported"))
     semi = json.loads((model_folder(unpaired, trainer) / "plans.json").read_text())["configurations"]
     modalities = semi[CONFIGURATIONS[trainer]]["semi"]["modalities"]
     assert len(list((tmp_path / "exported").iterdir())) == 2
+    tasks = []
     for name, (channel,) in modalities.items():
         single = tmp_path / f"input_{name}"
         single.mkdir()
         for image in images(unpaired).glob(f"*_{channel:04d}.nii.gz"):
             shutil.copy(image, single / image.name.replace(f"_{channel:04d}", "_0000"))
-        tools.predict_without_this_package(unpaired, single, tmp_path / f"out_{name}", tmp_path / "exported" / name)
-        found, = (tmp_path / f"out_{name}").glob("*.npz")
+        tasks.append((single, tmp_path / f"out_{name}", tmp_path / "exported" / name))
+    tools.predict_without_this_package(unpaired, tasks)
+    for _, output, _ in tasks:
+        found, = output.glob("*.npz")
         assert np.allclose(np.load(found)["probabilities"], predicted[found.stem], atol=2e-3)
 
 
@@ -99,13 +114,12 @@ def test_a_modality_is_validated_on_the_cases_that_have_it(trained, unpaired):
     assert "no validation case has that modality" in printed
 
 
-def test_mass_predicts_as_its_plans_say(unpaired, tools, tmp_path, trained):
+def test_mass_predicts_as_its_plans_say(unpaired, predicted, tools, tmp_path, trained):
     trainer, _ = trained
     if trainer != "SemiMASS":
         pytest.skip("MASS alone has atlases")
     plans_file = model_folder(unpaired, trainer) / "plans.json"
     plans = json.loads(plans_file.read_text())
-    before = predict(tools, unpaired, trainer, tmp_path / "segmentation")
     try:
         semi = plans["configurations"]["3d_atlas"]["semi"]
         changed = {**plans, "configurations": {**plans["configurations"], "3d_atlas": {
@@ -114,23 +128,30 @@ def test_mass_predicts_as_its_plans_say(unpaired, tools, tmp_path, trained):
         after = predict(tools, unpaired, trainer, tmp_path / "atlas")
     finally:
         plans_file.write_text(json.dumps(plans))
-    assert before.keys() == after.keys()
-    assert all(np.abs(before[case] - after[case]).mean() > 1e-3 for case in before)
+    assert predicted.keys() == after.keys()
+    assert all(np.abs(predicted[case] - after[case]).mean() > 1e-3 for case in predicted)
     assert all(np.isfinite(probability).all() for probability in after.values())
 
 
-@pytest.mark.parametrize("kind", ["CML", "MASS"])
-def test_processes_with_different_modalities_stay_together(unpaired, tools, tmp_path, kind):
-    """Two processes with one patch each: terms apply on the one and not on the other."""
-    workspace = tmp_path / "w"
+@pytest.fixture(scope="module")
+def of_two_processes(unpaired, tools, tmp_path_factory):
+    """The folder with what trainings by two processes with one patch each end with."""
+    folder = tmp_path_factory.mktemp("processes")
+    workspace = folder / "w"
     shutil.copytree(unpaired, workspace, ignore=shutil.ignore_patterns("nnUNet_results"))
     (workspace / "nnUNet_results").mkdir()
     plans = json.loads(tools.plans_path(workspace).read_text())
     plans["configurations"]["3d_fullres"]["batch_dice"] = True  # exchanges sums between processes
     tools.plans_path(workspace).write_text(json.dumps(plans))
     tools.set_semi(workspace, final_validation=False, SemiCML={"prel_start": 0.5}, drop_modality=0.5)
-    tools.run_workers("training", kind, 2, tmp_path, workspace)
-    first, second = (torch.load(tmp_path / f"run_{kind}_{rank}.pt", weights_only=False) for rank in (0, 1))
+    tools.run_workers([("training", "CML"), ("training", "MASS")], 2, folder, workspace)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["CML", "MASS"])
+def test_processes_with_different_modalities_stay_together(of_two_processes, tools, kind):
+    """Terms apply on the one and not on the other."""
+    first, second = (torch.load(of_two_processes / f"run_{kind}_{rank}.pt", weights_only=False) for rank in (0, 1))
     tools.states_equal(first["state"], second["state"], 0.0)
 
 

@@ -36,7 +36,8 @@ class Written(Method):
         self.drawn.append(torch.rand(3))
         for group in self.groups:
             squares = self.student["a"].square()
-            yield [Term(name, value(self.student, squares), weight, **further) for name, value, weight, further in group]
+            yield [Term(name, value(self.student, squares), weight, **further)
+                   for name, value, weight, further in group]
             self.graphs_alive.append(differentiable(squares, self.student["a"]))
         self.metrics["extra"] = torch.tensor(7.0)
 
