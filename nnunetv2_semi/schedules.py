@@ -18,6 +18,12 @@ def sigmoid_ramp_up(progress: float, ramp_fraction: float = 1.0, power: int = 2)
     return math.exp(-5.0 * (1.0 - max(progress, 0.0) / ramp_fraction) ** power)
 
 
+def rising_threshold(progress: float, start: float, warmup: float) -> float:
+    """Confidence threshold start + (1 - start) min(0.9, progress / warmup); without a warm-up it is risen at once."""
+    risen = 0.9 if warmup <= 0 else min(0.9, max(progress, 0.0) / warmup)
+    return start + (1.0 - start) * risen
+
+
 def warmed_up_poly(step: int, warmup: int, steps: int, exponent: float = 0.9) -> float:
     """Share of the initial learning rate at step number ``step`` of ``steps``, both from 0.
 

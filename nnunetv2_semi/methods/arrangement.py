@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_semi.methods.settings import Settings
@@ -32,7 +31,7 @@ class Arrangement:
             return cls(passes <= settings.planned_graphs, settings.planned_graphs)
         return cls(settings.arrangement == "one_pass")
 
-    def passes(self, network: nn.Module, *images: torch.Tensor, together: bool = False,
+    def passes(self, network: Callable[[torch.Tensor], Any], *images: torch.Tensor, together: bool = False,
                alone: int = 0) -> Iterator[Any]:
         """What the network gives for each of ``images``: in one pass, or each pass when it is asked for.
 

@@ -11,7 +11,7 @@ besides; what it holds goes to the training device and into the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -140,7 +140,7 @@ class Method(nn.Module):
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""
         return weight * self.settings.unlabelled_weight * sigmoid_ramp_up(self.progress, ramp_fraction)
 
-    def passes(self, network: nn.Module, *images: torch.Tensor, together: bool = False,
+    def passes(self, network: Callable[[torch.Tensor], Any], *images: torch.Tensor, together: bool = False,
                alone: int = 0) -> Iterator[Any]:
         """What the network gives for each of ``images``, see `Arrangement.passes`."""
         return self.context.arrangement.passes(network, *images, together=together, alone=alone)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeVar
 
 import torch
@@ -38,3 +40,19 @@ class Rows:
         if isinstance(patches, torch.Tensor):
             return patches[self.index.to(patches.device, non_blocking=True)]
         return [self.of(scale) for scale in patches]
+
+
+def of_patches_with_both(predicted: Sequence[torch.Tensor],
+                          present: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Predictions of two modalities for the patches that have both, of all pairs of which there are patches.
+
+    Args:
+        predicted: (B, K, *spatial) of each modality.
+        present: bool (B, modalities) on the CPU.
+    """
+    pairs = []
+    for first, second in combinations(range(len(predicted)), 2):
+        both = Rows.where(present[:, [first, second]].all(1))
+        if not both.empty:
+            pairs.append((both.of(predicted[first]), both.of(predicted[second])))
+    return pairs

@@ -12,7 +12,7 @@ from nnunetv2_semi.losses.area_contrast import AreaContrast
 from nnunetv2_semi.losses.predictions import Logits, probabilities
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Term
-from nnunetv2_semi.methods.rows import Rows
+from nnunetv2_semi.methods.rows import Rows, of_patches_with_both
 from nnunetv2_semi.methods.semi_cml_settings import SemiCMLSettings
 
 
@@ -47,7 +47,7 @@ class MutualLearning:
         method, settings, paired = self.method, self.settings, rows[self.names[0]]
         predicted = [probabilities(next(outputs[name]), method.context.regions) for name in rows]
         applies = not paired.empty
-        pairs = _of_patches_with_both(predicted, paired.of(present)) if applies else list(combinations(predicted, 2))
+        pairs = of_patches_with_both(predicted, paired.of(present)) if applies else list(combinations(predicted, 2))
         if applies:
             method.note_agreement(pairs[0][0].detach(), pairs[0][1])
         difference = sum(torch.mean((first - second) ** 2) for first, second in pairs) / len(pairs)
@@ -58,19 +58,3 @@ class MutualLearning:
             weight = method.unlabelled_weight(settings.asc_weight, settings.asc_ramp_fraction)
             terms.append(Term("asc", torch.stack(contrasts).mean(), weight, applies=applies))
         return terms
-
-
-def _of_patches_with_both(predicted: Sequence[torch.Tensor],
-                          present: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Predictions of two modalities for the patches that have both, of all pairs of which there are patches.
-
-    Args:
-        predicted: (B, K, *spatial) of each modality.
-        present: bool (B, modalities) on the CPU.
-    """
-    pairs = []
-    for first, second in combinations(range(len(predicted)), 2):
-        both = Rows.where(present[:, [first, second]].all(1))
-        if not both.empty:
-            pairs.append((both.of(predicted[first]), both.of(predicted[second])))
-    return pairs

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from nnunetv2_semi.losses.predictions import probabilities
+
+Input = TypeVar("Input")
 
 
 @contextmanager
@@ -25,12 +28,12 @@ def dropout_active(network: nn.Module) -> Iterator[None]:
             layer.training = training
 
 
-def summed_probabilities(network: nn.Module, images: Iterable[torch.Tensor], regions: bool) -> torch.Tensor:
+def summed_probabilities(network: nn.Module, images: Iterable[Input], regions: bool) -> torch.Tensor:
     """Sum of the probabilities (B, K, *spatial) that passes with dropout active give, without a graph.
 
     Args:
         network: gives logits, or a list of them, finest first.
-        images: the input (B, C, *spatial) of each pass, made when it is its turn; at least one.
+        images: the input of each pass, such as (B, C, *spatial), made when it is its turn; at least one.
         regions: region-based labels.
     """
     total: torch.Tensor | float = 0.0
