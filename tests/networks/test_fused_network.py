@@ -8,6 +8,7 @@ from torch import nn
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.networks.fused_network import FusedNetwork, attention_scales
 
+
 def networks(channels, dims=2, residual=False, deep_supervision=False, strides=None, widths=(4, 6, 8)):
     conv, norm = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[dims]
     strides = strides or [1, 2, 2]
@@ -15,7 +16,8 @@ def networks(channels, dims=2, residual=False, deep_supervision=False, strides=N
     shared = {"conv_bias": True, "norm_op": norm, "norm_op_kwargs": {"affine": True}, "nonlin": nn.LeakyReLU,
               "deep_supervision": deep_supervision}
     kind = ResidualEncoderUNet if residual else PlainConvUNet
-    return {name: kind(len(own), 3, list(widths), conv, 3, strides, 1, 3, 1, **shared) for name, own in channels.items()}
+    return {name: kind(len(own), 3, list(widths), conv, 3, strides, 1, 3, 1, **shared)
+            for name, own in channels.items()}
 
 
 def fused(channels=None, scales=(1, 2), dropout=0.0, **kind):
@@ -34,8 +36,9 @@ def test_kinds_of_networks_and_numbers_of_modalities(kind, channels):
     image = torch.randn(2, sum(map(len, channels.values())), *[16] * kind.get("dims", 2))
     logits, each = network.core(image, each=True)
     finest = logits[0] if kind.get("deep_supervision") else logits
-    assert finest.shape == (2, 3, *image.shape[2:]) and torch.equal(finest, network(image)[0]
-                                                                     if kind.get("deep_supervision") else network(image))
+    assert finest.shape == (2, 3, *image.shape[2:])
+    again = network(image)
+    assert torch.equal(finest, again[0] if kind.get("deep_supervision") else again)
     assert [single.shape for single in each] == [finest.shape] * len(channels)
     torch.stack([single.sum() for single in (*each, *(logits if isinstance(logits, list) else [logits]))]).sum() \
         .backward()
