@@ -2,7 +2,6 @@
 
 import math
 import re
-from copy import deepcopy
 
 import pytest
 import torch
@@ -91,13 +90,12 @@ def test_any_patch_gives_a_map_a_class(folder, channels, spatial):
 def test_every_mask_token_but_the_first_is_a_class(folder):
     model = foundation(folder, classes=6)
     decoder, image = model.model.mask_decoder, torch.randn(1, 1, 64, 64)
-    before = model(image)
-    for token in range(7):
-        changed = deepcopy(model)
-        with torch.no_grad():
-            changed.model.mask_decoder.output_hypernetworks_mlps[token].proj_out.bias.add_(1)
-        differs = [(changed(image) - before)[:, k].abs().max() > 1e-6 for k in range(6)]
-        assert differs == [token - 1 == k for k in range(6)]
+    with torch.no_grad():
+        for token in range(7):
+            before = model(image)
+            decoder.output_hypernetworks_mlps[token].proj_out.bias.add_(1)
+            differs = [(model(image) - before)[:, k].abs().max() > 1e-6 for k in range(6)]
+            assert differs == [token - 1 == k for k in range(6)]
     assert len(decoder.mask_tokens.weight) == 7
 
 
