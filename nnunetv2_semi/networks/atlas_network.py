@@ -68,15 +68,17 @@ class AtlasNetwork(Deployed):
     def predictions(self, image: torch.Tensor, wanted: Sequence[Predict] = get_args(Predict)) -> dict[str, Logits]:
         """As ``predicted`` for each of ``wanted``, which share their passes."""
         present = self.encoders.present_modalities(image)
+        # An exported graph cannot depend on what is in an image: all is predicted from each modality, and then voted on.
+        traced = torch.jit.is_tracing()
         single: dict[str, list[list[torch.Tensor]]] = {predict: [] for predict in wanted}
         voting = []
         for index, has in enumerate(present.unbind(1)):
-            if not has.any():
+            if not traced and not has.any():
                 continue
             voting.append(has)
-            found = self._of_one_modality(self.only(image[has], index), index, wanted)
+            found = self._of_one_modality(image if traced else image[has], index, wanted)
             for predict, outputs in single.items():
-                outputs.append([_in_rows(scale, has) for scale in found[predict]])
+                outputs.append([scale if traced else _in_rows(scale, has) for scale in found[predict]])
         votes = torch.stack(voting, 1)
         means = {predict: mean_at_all_scales(outputs, self.atlases.regions, votes)
                  for predict, outputs in single.items()}
@@ -104,8 +106,8 @@ class AtlasNetwork(Deployed):
 
     def _of_one_modality(self, image: torch.Tensor, modality: int,
                          wanted: Sequence[Predict]) -> dict[str, list[torch.Tensor]]:
-        """Logits at each scale, finest first, of images of one modality: those wanted, and maybe others."""
-        pyramid = self.encoders(image)
+        """Logits at each scale, finest first, from one modality of images: those wanted, and maybe others."""
+        pyramid = self.encoders(image, modality)
         found = {"segmentation": pyramid[0]}
         if set(wanted) - set(found):
             fused = self.atlas_probability(image, pyramid, modality)
@@ -131,12 +133,11 @@ class AtlasNetwork(Deployed):
             source, labels = self.atlases.image([number]), self.atlases.one_hot([number])
             known = self.atlases.known([number])
             for _ in range(1 + self.refine):
-                moving = self.encoders(source)  # of one image, until it is warped to each of the batch
+                moving = self.encoders(source, modality)  # of one image, until it is warped to each of the batch
                 moving = moving[0], [features.expand(len(image), *features.shape[1:]) for features in moving[1]]
                 displacement = self.displacement(pyramid, moving, image.shape[2:])
                 source, labels, known = (warp(whole.expand(len(image), *whole.shape[1:]), displacement)
                                          for whole in (source, labels, known))
-                source = self.only(source, modality)
             similarity = local_ncc_map(source[:, channels], image[:, channels]).mean(1, keepdim=True).exp()
             total, weights = total + similarity * labels, weights + similarity * known
         if not isinstance(total, torch.Tensor) or not isinstance(weights, torch.Tensor):

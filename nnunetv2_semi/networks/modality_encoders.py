@@ -59,13 +59,16 @@ class ModalityEncoders(nn.Module):
         """The index (B,) of the first modality that each image (B, C, *spatial) has."""
         return self.present_modalities(image).int().argmax(1)
 
-    def forward(self, image: torch.Tensor) -> Pyramid:
+    def forward(self, image: torch.Tensor, known: int | None = None) -> Pyramid:
         """Logits, and the features of the decoder's stages, of ``image`` (B, C, *spatial), all of whose channels but
         those of one modality, for each patch its own, are absent.
 
+        known: the modality of all patches, whose channels alone are looked at then; None: it is searched for.
         Logits (B, K, *spatial of the stage), finest first, as many as deep supervision asks for; features
         (B, widths[stage], *spatial of the stage), coarsest first.
         """
+        if known is not None:
+            return self._decoded(self.encoders[known](image[:, self.channels[self.names[known]]]))
         modality = self.modality(image)
         rows, levels = [], []
         for index, (name, encoder) in enumerate(zip(self.names, self.encoders, strict=True)):
