@@ -13,9 +13,10 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_semi.data.atomic_files import read_json_object
-from nnunetv2_semi.data.dataset_settings import read_dataset_settings
+from nnunetv2_semi.data.dataset_settings import named_channels, read_dataset_settings
 from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.planning.foundation import batch_beside_foundation
 from nnunetv2_semi.planning.geometry import unlabelled_geometry
 from nnunetv2_semi.planning.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
 
@@ -31,6 +32,9 @@ class nnUNetPlannerSemi(ExperimentPlanner):
     With "semi": {"plan_with_unlabelled": true} in dataset.json, shapes and spacings of unlabelled cases count like
     those of labelled ones; intensity statistics come from labelled foreground in any case.
 
+    With "semi": {"plan_with_foundation": 512} in dataset.json, batches of 2D configurations are so small that SAM's
+    ViT-B with inputs of that many pixels a side trains beside the network within the memory target.
+
     Data sets of 3D images get one configuration more, 3d_atlas: its patch holds the whole volume of the largest case
     along each axis, at the finest spacing that fits the memory target (see `nnunetv2_semi.planning.whole_volumes`).
     Unlabelled cases count only with "plan_with_unlabelled"; without it, one of them may be larger than the patch.
@@ -44,7 +48,8 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         suppress_transpose: keep the axes in the order of the images.
 
     Raises:
-        UserError: images in imagesTr without a label, or a mistake in the object "semi" of dataset.json.
+        UserError: images in imagesTr without a label, a mistake in the object "semi" of dataset.json, or no memory for
+            two patches beside a foundation model.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         self.passes_of_a_step = 2 * (len(settings.modalities) if settings.modalities else 1)
         self.planned_graphs = self.passes_of_a_step if settings.plan_joined_passes else 1
         self.UNet_vram_target_GB = gpu_memory_target_in_gb / self.planned_graphs
+        self.gpu_memory_target_in_gb, self.foundation_size = gpu_memory_target_in_gb, settings.plan_with_foundation
         if settings.plan_with_unlabelled:
             self._add_unlabelled_geometry()
 
@@ -114,8 +120,21 @@ class nnUNetPlannerSemi(ExperimentPlanner):
             approximate_n_voxels_dataset,
             _cache,
         )
+        if self.foundation_size is not None and len(plan["patch_size"]) == 2:
+            plan["batch_size"] = batch_beside_foundation(
+                plan["batch_size"], self._gb_of_a_2d_patch(plan) * self.planned_graphs, self.gpu_memory_target_in_gb,
+                self.foundation_size)
         plan["semi"] = self.semi_settings()
         return plan
+
+    def _gb_of_a_2d_patch(self, plan: dict) -> float:
+        """Memory of a forward pass of one patch, as nnU-Net estimates it."""
+        arch = plan["architecture"]
+        estimate = self.static_estimate_VRAM_usage(
+            plan["patch_size"], len(named_channels(self.dataset_json)), len(self.dataset_json["labels"]),
+            arch["network_class_name"], arch["arch_kwargs"], arch["_kw_requires_import"])
+        return estimate / self.UNet_reference_val_2d * self.UNet_reference_val_corresp_GB \
+            / self.UNet_reference_val_corresp_bs_2d
 
     def semi_settings(self) -> dict[str, int | float]:
         """The object "semi" of each configuration."""

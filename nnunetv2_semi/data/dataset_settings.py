@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from nnunetv2_semi.errors import UserError
 
-_ALLOWED_KEYS = ("modalities", "domains", "plan_with_unlabelled", "plan_joined_passes")
+_ALLOWED_KEYS = ("modalities", "domains", "plan_with_unlabelled", "plan_joined_passes", "plan_with_foundation")
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class DatasetSettings:
         domains: name of each domain and the patterns (as in `fnmatch`) of its case names.
         plan_with_unlabelled: shapes and spacings of unlabelled cases enter the plan.
         plan_joined_passes: the plan has a smaller patch, so that the forward passes of a step fit the memory together.
+        plan_with_foundation: pixels a side of the input of a foundation model that the plan leaves memory for.
     """
 
     modalities: dict[str, tuple[int, ...]] | None = None
     domains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plan_with_unlabelled: bool = False
     plan_joined_passes: bool = False
+    plan_with_foundation: int | None = None
 
 
 def named_channels(dataset_json: dict) -> dict[str, str]:
@@ -65,13 +69,26 @@ def read_dataset_settings(dataset_json: dict, where: str = "dataset.json") -> Da
         domains=_domains(settings.get("domains", {}), where),
         plan_with_unlabelled=_true_or_false(settings, "plan_with_unlabelled", where),
         plan_joined_passes=_true_or_false(settings, "plan_joined_passes", where),
+        plan_with_foundation=_pixels(settings.get("plan_with_foundation"), where),
     )
+
+
+def is_of_domain(case: str, patterns: Iterable[str]) -> bool:
+    """Whether the name of a case fits any of a domain's patterns."""
+    return any(fnmatchcase(case, pattern) for pattern in patterns)
 
 
 def _true_or_false(settings: dict, key: str, where: str) -> bool:
     value = settings.get(key, False)
     if not isinstance(value, bool):
         raise UserError(f'"{key}" in {where} must be true or false, not {value!r}.')
+    return value
+
+
+def _pixels(value: object, where: str) -> int | None:
+    if value is not None and (type(value) is not int or value < 16 or value % 16):
+        raise UserError(f'"plan_with_foundation" in {where} must be the input size of the foundation model in pixels, '
+                        f"a multiple of 16 such as 512, not {value!r}.")
     return value
 
 

@@ -14,12 +14,13 @@ def test_without_the_object_all_is_default():
 
 def test_values_are_read():
     semi = {"modalities": {"CT": [0], "MR": [1, 2]}, "domains": {"a": "A_*", "b": ["B_*", "C_*"]}}
-    semi |= {"plan_with_unlabelled": True, "plan_joined_passes": True}
+    semi |= {"plan_with_unlabelled": True, "plan_joined_passes": True, "plan_with_foundation": 256}
     settings = read_dataset_settings(dict(BASE, semi=semi))
     assert settings.modalities == {"CT": (0,), "MR": (1, 2)}
     assert settings.domains == {"a": ("A_*",), "b": ("B_*", "C_*")}
     assert settings.plan_with_unlabelled is True
     assert settings.plan_joined_passes is True
+    assert settings.plan_with_foundation == 256
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ def test_values_are_read():
         ({"domains": {"a": 1}}, "'a'"),
         ({"plan_with_unlabelled": "yes"}, "\"plan_with_unlabelled\".*'yes'"),
         ({"plan_joined_passes": 1}, '"plan_joined_passes" in dataset.json must be true or false, not 1'),
+        ({"plan_with_foundation": 500}, "multiple of 16 such as 512, not 500"),
+        ({"plan_with_foundation": True}, "multiple of 16 such as 512, not True"),
     ],
 )
 def test_mistakes_are_named(semi, message):

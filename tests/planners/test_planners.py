@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.networks.foundation_memory import sam_vit_b_memory
 from planners.nnUNetFingerprintExtractorSemi import nnUNetFingerprintExtractorSemi
 from planners.nnUNetPlannerSemi import nnUNetPlannerSemi
 from planners.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
@@ -77,6 +78,28 @@ def test_patch_and_batch_are_nnunets_own(raw_dataset, monkeypatch, shape, spacin
         if configuration == "3d_fullres" or memory < 8:  # the memory is what limits the patch
             assert np.prod(plan["patch_size"]) < 0.8 * np.prod(plan["median_image_size_in_voxels"])
     assert set(plans[ExperimentPlanner]) == {"2d", "3d_fullres"}
+
+
+@pytest.mark.parametrize("memory, size", [(8, 512), (8, 256), (24, 1024)])
+def test_2d_batches_leave_memory_for_a_foundation_model(raw_dataset, memory, size):
+    """And are the largest that do; everything else of the plan stays."""
+    shape = 2000, 256, 256  # memory limits the batch, not the number of slices
+    raw_dataset(shape=shape, semi={"plan_with_foundation": size})
+    beside = nnUNetPlannerSemi(DATASET, memory).plan_experiment()["configurations"]
+    raw_dataset(shape=shape)
+    alone = nnUNetPlannerSemi(DATASET, memory).plan_experiment()["configurations"]
+    batch, whole = beside["2d"].pop("batch_size"), alone["2d"].pop("batch_size")
+    assert beside == alone and 2 <= batch < whole
+
+    def needed(patches):
+        return memory * patches / whole + sam_vit_b_memory(size, patches, False).total / 2 ** 30
+    assert needed(batch) <= 1.02 * memory and needed(batch + 1) > 0.98 * memory
+
+
+def test_no_memory_for_a_foundation_model_is_an_error(raw_dataset):
+    raw_dataset(shape=(40, 256, 256), semi={"plan_with_foundation": 1024})
+    with pytest.raises(UserError, match="memory target is 4"):
+        nnUNetPlannerSemi(DATASET, 4).plan_experiment()
 
 
 def test_memory_is_estimated_as_nnunet_does(raw_dataset, monkeypatch):
