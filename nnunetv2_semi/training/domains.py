@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semi.data.dataset_settings import is_of_domain
 
 Domains = Mapping[str, Sequence[str]]
 
@@ -19,8 +20,8 @@ def cases_of_domains(domains: Domains, cases: Sequence[str]) -> dict[str, torch.
 
     domains: name -> patterns of case names, as in dataset.json.
     """
-    return {name: torch.tensor([any(fnmatchcase(str(case), pattern) for pattern in patterns) for case in cases],
-                               dtype=torch.bool) for name, patterns in domains.items()}
+    return {name: torch.tensor([is_of_domain(str(case), patterns) for case in cases], dtype=torch.bool)
+            for name, patterns in domains.items()}
 
 
 def print_dice_of_domains(trainer: nnUNetTrainer, domains: Domains) -> None:

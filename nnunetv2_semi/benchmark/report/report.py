@@ -146,17 +146,19 @@ def write_report(
     import pandas as pd
     from nnunetv2.configuration import default_num_processes
 
+    from nnunetv2_semi.benchmark.report.domains import domains_of_groups, with_domain_column, with_domain_rows
     from nnunetv2_semi.benchmark.report.measures import label_means, measure_runs
     from nnunetv2_semi.benchmark.report.page import as_html, as_markdown
     from nnunetv2_semi.benchmark.report.sections import sections_of
     from nnunetv2_semi.benchmark.report.summary import summarise
 
+    domains = domains_of_groups(runs)
     measures = measure_runs(runs, tolerance_mm, num_processes=num_processes or default_num_processes)
-    summary = summarise(measures)
+    summary = with_domain_rows(summarise(measures), measures, domains)
     with_means = pd.concat([label_means(measures), measures], ignore_index=True)
     sections = sections_of(runs, with_means, summary, tolerance_mm, worst_cases)
     contents = {
-        "measures.csv": measures.to_csv(index=False),
+        "measures.csv": with_domain_column(measures, domains).to_csv(index=False),
         "summary.csv": summary.to_csv(index=False),
         "report.md": as_markdown(title, sections),
         "report.html": as_html(title, sections),

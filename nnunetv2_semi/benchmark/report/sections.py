@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from nnunetv2_semi.benchmark.report.domains import Domains, domains_of_groups, membership_note
 from nnunetv2_semi.benchmark.report.measures import LABEL_MEAN, dice_of_cases
 from nnunetv2_semi.benchmark.report.page import Section, Table
 from nnunetv2_semi.benchmark.report.pairing import UNFAIR, Arm, control_of, pair_of, upper_bound_of
@@ -15,6 +16,7 @@ from nnunetv2_semi.benchmark.report.summary import PRIMARY
 from nnunetv2_semi.benchmark.report.tables import (
     Runs,
     counted,
+    domain_tables,
     empties_table,
     labelled_of,
     main_table,
@@ -56,11 +58,13 @@ def sections_of(
     Args:
         runs: What was measured.
         measures: Table of ``measure_runs``, with the rows of ``label_means``.
-        summary: Table of ``summarise``.
+        summary: Table of ``summarise``, with the rows of ``with_domain_rows``.
         tolerance_mm: Of NSD.
         worst_cases: Cases shown for each method and number of labelled cases.
     """
-    arms = arms_of(runs)
+    arms, domains = arms_of(runs), domains_of_groups(runs)
+    of_domains = summary[summary["domain"].notna()] if domains else summary.iloc[:0]
+    summary = summary[summary["domain"].isna()] if domains else summary
     primary = summary[(summary["metric"] == PRIMARY) & (summary["label"] == LABEL_MEAN)]
     sections = [_result(arms, primary)]
     groups = list(dict.fromkeys(arm.group for arm in arms))
@@ -68,7 +72,10 @@ def sections_of(
         own = {arm: arm_runs for arm, arm_runs in arms.items() if arm.group == group}
         if len(groups) > 1:
             sections.append(Section(group))
-        sections += _group_sections(own, measures, summary, worst_cases, level=3 if len(groups) > 1 else 2)
+        level = 3 if len(groups) > 1 else 2
+        by_domain = of_domains[of_domains["group"] == group]
+        sections.append(_dice(own, measures, summary, by_domain, domains.get(group, {}), level))
+        sections += _group_sections(own, measures, summary, worst_cases, level)
     return [*sections, _definitions(tolerance_mm)]
 
 
@@ -112,6 +119,20 @@ def _result(arms: Runs, primary: pd.DataFrame) -> Section:
     return Section("Result", paragraphs=paragraphs, points=points)
 
 
+def _dice(
+    arms: Runs, measures: pd.DataFrame, summary: pd.DataFrame, of_domains: pd.DataFrame, domains: Domains, level: int
+) -> Section:
+    rows = {arm: summary_row(summary, arm) for arm in arms}
+    bound = upper_bound_of(next(iter(arms)), arms)
+    trained = pd.DataFrame([row for arm, row in rows.items() if arm.role != "upper bound"])
+    group, styles = next(iter(arms)).group, styles_of(arms)
+    efficiency = [efficiency_plot(trained, rows[bound] if bound else None, styles, group)] if len(trained) else []
+    note = membership_note(measures.loc[measures["group"] == group, "case"].unique(), domains)
+    by_domain = domain_tables(arms, of_domains, note) if domains else []
+    paragraphs = [f"Domains of dataset.json. {note}"] if domains and not by_domain else []
+    return Section("Dice", paragraphs, tables=[main_table(rows), *by_domain], pictures=efficiency, level=level)
+
+
 def _group_sections(
     arms: Runs, measures: pd.DataFrame, summary: pd.DataFrame, worst_cases: int, level: int
 ) -> list[Section]:
@@ -119,10 +140,6 @@ def _group_sections(
     labels = list(dict.fromkeys(label for arm in arms for label in rows_of(summary, arm)["label"]))
     # With one label, its table would repeat that of the mean.
     shown = labels if len(labels) > 2 else labels[:1]
-    bound = upper_bound_of(next(iter(arms)), arms)
-    trained = pd.DataFrame([row for arm, row in rows.items() if arm.role != "upper bound"])
-    group, styles = next(iter(arms)).group, styles_of(arms)
-    efficiency = [efficiency_plot(trained, rows[bound] if bound else None, styles, group)] if len(trained) else []
     pairs = []
     for arm in arms:
         if arm.role == "method" and (control := control_of(arm, arms)) is not None:
@@ -131,7 +148,6 @@ def _group_sections(
             pairs.append(paired_plot(*dice, control.method, arm.method, with_count(arm.group, arm)))
     differing, empties = settings_table(arms), empties_table(arms, measures)
     sections = [
-        Section("Dice", tables=[main_table(rows)], pictures=efficiency, level=level),
         Section(
             "Case by case",
             ["A dot is a test case, mean over trainings. Above the line the method is higher than the control."]
@@ -147,7 +163,7 @@ def _group_sections(
             tables=[empties] if empties.rows else [],
             level=level,
         ),
-        _training(arms, styles, level),
+        _training(arms, styles_of(arms), level),
         Section(
             "What was compared",
             tables=[trainings_table(arms, rows), *([differing] if differing.rows else [])],

@@ -31,7 +31,7 @@ REPEATS = 10_000
 Columns = dict[str, np.ndarray | float]
 
 
-def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0) -> pd.DataFrame:
+def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0, *, tested: bool = True) -> pd.DataFrame:
     """One row per group, labelled count, method, metric and label (``LABEL_MEAN`` first).
 
     Columns: ``cases`` and ``trainings`` counted; ``mean`` over cases of the mean over trainings; ``sd_cases`` of these
@@ -45,6 +45,7 @@ def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0) -> 
         measures: Table of ``measure_runs``.
         repeats: Of the bootstrap.
         seed: Of the bootstrap's random numbers.
+        tested: Without it ``p`` and what follows from it do not exist.
 
     Raises:
         UserError: one group and count has two controls.
@@ -58,7 +59,7 @@ def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0) -> 
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing: NaN
-        summary = pd.concat([_rows_of_arm(arm, arms, repeats, seed) for arm in arms], ignore_index=True)
+        summary = pd.concat([_rows_of_arm(arm, arms, repeats, seed, tested) for arm in arms], ignore_index=True)
     table = summary.reindex(
         columns=[*Arm._fields, "metric", "label", "cases", "trainings", "mean", "sd_cases", "sd_trainings", "low",
                  "high", "paired_cases", "differing_cases", "difference", "difference_low", "difference_high", "p",
@@ -73,7 +74,7 @@ def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0) -> 
     return table.drop(columns="direction")
 
 
-def _rows_of_arm(arm: Arm, arms: Mapping[Arm, pd.DataFrame], repeats: int, seed: int) -> pd.DataFrame:
+def _rows_of_arm(arm: Arm, arms: Mapping[Arm, pd.DataFrame], repeats: int, seed: int, tested: bool) -> pd.DataFrame:
     """Rows of the summary, without what needs all arms."""
     rows = arms[arm]
     labels = list(rows["label"].unique())
@@ -87,7 +88,7 @@ def _rows_of_arm(arm: Arm, arms: Mapping[Arm, pd.DataFrame], repeats: int, seed:
         notes.append("no control")
     if control is not None:
         pair = pair_of(rows, arms[control])
-        compared, more = _compared(pair, labels, repeats, seed)
+        compared, more = _compared(pair, labels, repeats, seed, tested and pair.fair)
         columns, notes = columns | compared, notes + more
         if pair.fair and (bound := upper_bound_of(arm, arms)) is not None:
             gap, gap_notes = _gap_closed(pair, arms[bound], labels, repeats, seed)
@@ -113,7 +114,7 @@ def _described(values: np.ndarray, repeats: int, seed: int) -> Columns:
     }
 
 
-def _compared(pair: Pair, labels: list[str], repeats: int, seed: int) -> tuple[Columns, list[str]]:
+def _compared(pair: Pair, labels: list[str], repeats: int, seed: int, tested: bool) -> tuple[Columns, list[str]]:
     """Columns of the comparison with the control, and notes on it."""
     own_cases, control_cases = set(pair.own["case"]), set(pair.control["case"])
     shared = sorted(own_cases & control_cases)
@@ -128,12 +129,12 @@ def _compared(pair: Pair, labels: list[str], repeats: int, seed: int) -> tuple[C
     if len(shared) > 1:
         our_means, control_means = bootstrap_means([ours, controls], repeats, seed, pair.matched)
         columns["difference_low"], columns["difference_high"] = interval_of(our_means - control_means)
-    if pair.fair:
+    if tested:
         metric, label = METRICS.index(PRIMARY), labels.index(LABEL_MEAN)
         differing = len(nonzero(differences[metric, label]))
-        tested = np.full((3, *differences.shape[:2]), math.nan)
-        tested[:, metric, label] = differing, *signed_rank_test(differences[metric, label])
-        columns |= zip(("differing_cases", "p", "direction"), tested, strict=True)
+        results = np.full((3, *differences.shape[:2]), math.nan)
+        results[:, metric, label] = differing, *signed_rank_test(differences[metric, label])
+        columns |= zip(("differing_cases", "p", "direction"), results, strict=True)
         if differing < FEWEST_CASES:
             notes.append(
                 f"Dice differs in {differing} of {len(shared)} cases: the test cannot reach p < {SIGNIFICANT:g}"

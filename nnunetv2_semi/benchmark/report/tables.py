@@ -93,6 +93,42 @@ def main_table(rows: Mapping[Arm, pd.Series]) -> Table:
     return Table("Dice of test cases, mean over labels", columns, table, ". ".join(notes), headers=2)
 
 
+def domain_tables(arms: Runs, summary: pd.DataFrame, note: str) -> list[Table]:
+    """Dice of each domain, and its differences to the control if there are any; no table without a domain.
+
+    summary: Rows of the domains, of ``with_domain_rows``. note: on which cases are of which domain.
+    """
+    primary = summary[(summary["metric"] == PRIMARY) & (summary["label"] == LABEL_MEAN)]
+    counts = {str(name): int(rows["cases"].max()) for name, rows in primary.groupby("domain", sort=False)}
+    if not counts:
+        return []
+    means, differences = [], []
+    for arm in arms:
+        found = rows_of(primary, arm).set_index("domain").reindex(list(counts))
+        names = (labelled_of(arm), name_of(arm))
+        rows = [(row, counts[str(name)]) for name, row in found.iterrows()]
+        means.append((*names, *(
+            _of_cases(with_interval(row["mean"], row["low"], row["high"]), row["cases"], count) for row, count in rows
+        )))  # fmt: skip
+        if found["difference"].notna().any():
+            differences.append((*names, *(
+                _of_cases(with_interval(row["difference"], row["difference_low"], row["difference_high"], signed=True),
+                          row["paired_cases"], count)
+                for row, count in rows
+            )))  # fmt: skip
+    columns = ("Labelled", "Method", *(f"{name} ({counted(count, 'case')})" for name, count in counts.items()))
+    tables = [Table("Dice of each domain, mean over labels", columns, means, note, headers=2)]
+    if differences:
+        untested = "Compared as above. Domains are not tested; the intervals are not corrected for their number."
+        tables.append(Table("Difference to control in each domain", columns, differences, untested, headers=2))
+    return tables
+
+
+def _of_cases(cell: str, cases: float, expected: int) -> str:
+    """With the number of cases where it is not that of the column."""
+    return cell if pd.isna(cases) or cell == ABSENT or cases == expected else f"{cell}, {counted(int(cases), 'case')}"
+
+
 def metrics_table(arms: Runs, summary: pd.DataFrame, label: str) -> Table:
     """All metrics of one label."""
     table = []
