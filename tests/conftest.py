@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.machinery import ModuleSpec
 from io import StringIO
+from multiprocessing.context import BaseContext
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -102,6 +103,16 @@ def _naive_weighted_dice_ce():
     return naive_weighted_dice_ce
 
 
+class ThreadContext:
+    """A context of `multiprocessing` whose pools have threads; all else is that of spawned processes."""
+
+    def __init__(self, spawning: BaseContext) -> None:
+        self.spawning, self.Pool = spawning, ThreadPool
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.spawning, name)
+
+
 @contextmanager
 def worker_threads() -> Iterator[None]:
     """Threads where nnU-Net starts worker processes, each of which imports torch; fingerprints of few voxels.
@@ -117,7 +128,8 @@ def worker_threads() -> Iterator[None]:
         self.num_foreground_voxels_for_intensitystats = 1e5
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multiprocessing, "get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+        context = ThreadContext(multiprocessing.get_context("spawn"))
+        patch.setattr(multiprocessing, "get_context", lambda method=None: context)
         patch.setattr(DatasetFingerprintExtractor, "__init__", of_few_voxels)
         yield
 

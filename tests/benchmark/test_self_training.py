@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,7 @@ SEMI = {"num_epochs": 3, "num_iterations_per_epoch": 1, "num_val_iterations_per_
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory, run_in_this_process: Callable[..., str]) -> Iterator[Path]:
     """nnU-Net's folders with a planned and preprocessed phantom."""
     from nnunetv2_semi.data.phantom import make_phantom_dataset
 
@@ -53,9 +53,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in FOLDERS:
         (folder / name).mkdir()
     make_phantom_dataset(folder / "nnUNet_raw", 1, "Phantom", labelled=3, unlabelled=3, test=1, shape=(16, 20, 16))
-    program = Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"
-    subprocess.run([program, "-d", "1", "-pl", "nnUNetPlannerSemiCPU", "-c", "3d_fullres", "-npfp", "1", "-np", "1"],
-                   env=variables(folder), check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    run_in_this_process(folder, "nnUNetv2_plan_and_preprocess", "-d", "1", "-pl", "nnUNetPlannerSemiCPU", "-c",
+                        "3d_fullres", "-npfp", "1", "-np", "1")  # fmt: skip
     file = folder / "nnUNet_preprocessed" / SOURCE / f"{PLANS}.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"].setdefault("semi", {}).update(SEMI)
@@ -95,6 +94,7 @@ def contents(workspace: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for name in FOLDERS for file in (workspace / name).rglob("*") if file.is_file()}
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_it_goes_on_labels_the_stable_cases_and_leaks_no_validation_case(workspace: Path) -> None:
     raw, preprocessed, results = (workspace / name for name in FOLDERS)
@@ -191,6 +191,7 @@ def test_results_of_a_version_without_some_options_are_gone_on_with(
         record.write_text(json.dumps(before[record]))
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_an_ensemble_labels_what_is_stable_and_the_student_is_fine_tuned_on_true_labels(workspace: Path) -> None:
     raw, preprocessed, results = (workspace / name for name in FOLDERS)
