@@ -12,7 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("area_similarity", "cost_volume", "loader", "memory", "step", "voxel_contrast")
+SCRIPTS = ("area_similarity", "cost_volume", "fused_branches", "loader", "memory", "step", "voxel_contrast")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are part of the source tree alone")
 
@@ -135,3 +135,11 @@ def test_our_stream_is_measured_beside_nnunets_own(script, capsys):
     assert [row[0] for row in rows(output, "nnU-Net,") + rows(output, "ours")] == [
         "nnU-Net, labelled", "ours, labelled", "ours, labelled + unlabelled"]
     assert all(float(row[1].split()[0]) > 0 for row in rows(output, "ours"))
+
+
+@pytest.mark.parametrize("patch", [(32, 32), (16, 16, 16)])
+def test_fused_branches_need_more_than_one_network_and_less_than_two(script, capsys, patch):
+    script("fused_branches").main(["--patch", *map(str, patch), "--features", "4", "--stages", "3", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    memory = [float(cells[3]) for first in ("one network", "2 encoders", "the same") for cells in rows(printed, first)]
+    assert len(memory) == 4 and memory[0] == 1.0 and 1.0 < memory[1] < 2.0 and memory == sorted(memory)
