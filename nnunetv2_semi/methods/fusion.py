@@ -6,6 +6,7 @@ re-learning, a new paradigm"): its loss terms, its rising threshold and its weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -239,7 +240,8 @@ class Fusion(Method):
         self.metrics["threshold"] = teacher.weight.new_tensor(self.current_threshold())
         self.metrics["unlabelled_voxels_used"] = (teacher.weight > 0).float().mean()
         self.metrics["modalities_disagree"] = teacher.disagree.float().mean()
-        self.metrics["uncertainty"] = teacher.uncertainty.mean()
+        largest = math.log(2 if self.context.regions else self.context.num_heads)
+        self.metrics["uncertainty"] = teacher.uncertainty.mean() / largest
 
     def after_step(self) -> None:
         self.teacher.update()
