@@ -13,11 +13,14 @@ HERE = Path(__file__).parent
 
 def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     """A few steps of a method on fixed batches, of which each process has its share."""
+    from nnunetv2_semi.methods import synfoc
     from nnunetv2_semi.methods.base import Batch
+    from nnunetv2_semi.methods.fusion import Fusion, FusionSettings
     from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
     from nnunetv2_semi.methods.mix import Mix, MixSettings
     from nnunetv2_semi.methods.rcps import RCPS, RCPSSettings
     from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
+    from nnunetv2_semi.networks.fused_network import FusedNetwork
     from nnunetv2_semi.networks.modality_branches import ModalityBranches
     from nnunetv2_semi.training.step import TrainingStep
 
@@ -35,6 +38,17 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
                       context())
     elif kind == "Mix":  # of chosen voxels each process takes the mean of its own
         method = Mix(small_network(2, 3), MixSettings(voxels="all", labelled_mixing=0.0, **as_it_is), context())
+    elif kind == "Fusion":
+        names = {"m0": [0], "m1": [1]}
+        student = FusedNetwork({n: small_network(1, 3) for n in names}, names, [2], 2, 0.0)
+        method = Fusion(student, FusionSettings(threshold=0.0, threshold_warmup=None, uncertainty_passes=0,
+                                                disagreement_factor=1.0, **as_it_is), context())
+    elif kind == "SynFoC":
+        synfoc.build_foundation = lambda settings, *sizes: module_of(HERE.parent / "methods" / "test_synfoc.py") \
+            .Halved(*sizes)
+        method = synfoc.SynFoC(small_network(2, 3), synfoc.SynFoCSettings(
+            weights="random", foundation="nnunet", confidence=0.0, smallest_box=0.0, largest_box=0.0, view_noise=0.0,
+            view_scale=0.0, view_shift=0.0, view_gamma=0.0), context())
     else:
         method = MeanTeacher(small_network(2, 3), MeanTeacherSettings(perturbation="noise", noise=0.0), context())
     step = TrainingStep(method, method.optimizers(1e-2, 0.0, 10), None, torch.device("cpu"), seed=0, rank=rank,
@@ -62,7 +76,12 @@ def training(rank: int, world: int, folder: Path, kind: str) -> None:
 
 def conftest_of(folder: Path):
     """The conftest module of a folder."""
-    spec = importlib.util.spec_from_file_location(f"conftest_of_{folder.name}", folder / "conftest.py")
+    return module_of(folder / "conftest.py")
+
+
+def module_of(file: Path):
+    """What a file holds."""
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_of_{file.parent.name}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
