@@ -15,6 +15,10 @@ from nnunetv2_semi.errors import UserError
 COMMANDS = {
     "benchmark": ("nnunetv2_semi.benchmark.command", "run a study of several trainers, and report on it"),
     "demo": ("nnunetv2_semi.commands.demo", "make a phantom data set, train on it and compare, in minutes on a CPU"),
+    "distill": (
+        "nnunetv2_semi.benchmark.distillation.command",
+        "train a plain nnU-Net to predict what trained models predict",
+    ),
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
     "export": ("nnunetv2_semi.commands.export", "write a model folder that runs without this package"),
     "link": ("nnunetv2_semi.commands.link", "make the trainers visible to an editable or separate nnU-Net"),

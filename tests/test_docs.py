@@ -24,6 +24,7 @@ from nnunetv2_semi.methods.arrangement import Arrangement
 from nnunetv2_semi.methods.bcp import BCP
 from nnunetv2_semi.methods.contract import Batch, Context
 from nnunetv2_semi.methods.cps import CPS
+from nnunetv2_semi.methods.distillation import Distillation
 from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.fusion import Fusion
 from nnunetv2_semi.methods.mass import MASS
@@ -134,7 +135,7 @@ def test_example_trainer_names_the_example_method(example, tmp_path, monkeypatch
     assert trainer.method_class is example.EntropyMinimisation
 
 
-METHODS = [Mix, Supervised, SemiCML, MeanTeacher, RCPS, MASS, UAMT, FixMatch, CPS, BCP, SynFoC, Fusion]
+METHODS = [Mix, Supervised, SemiCML, MeanTeacher, RCPS, MASS, UAMT, FixMatch, CPS, BCP, SynFoC, Fusion, Distillation]
 
 
 def test_settings_tables_are_what_the_command_writes():

@@ -1,0 +1,1 @@
+"""Distillation of trained models into one plain nnU-Net, and what it costs and gains."""
