@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi import compat
+from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.case_records import CaseRecords
 from nnunetv2_semi.data.duplicates import ImageContent
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
+from nnunetv2_semi.data.preprocessed_images import image_problem
 from nnunetv2_semi.data.raw_cases import shown
+from nnunetv2_semi.data.resampled_size import size_problem
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
 
@@ -64,7 +69,7 @@ def preprocess_missing(
     num_processes: int,
     show_progress_bar: bool,
     report: Callable[[str], None],
-) -> None:
+) -> dict[str, str]:
     """Preprocess those of `cases` (name to channel files) that are not done, and record each when its files are there.
 
     Args:
@@ -77,6 +82,9 @@ def preprocess_missing(
         show_progress_bar: one step per case.
         report: receives one line if there is anything to do.
 
+    Returns:
+        Case name to the reason, of cases whose image cannot be used: preprocessed, it is none. They are not done.
+
     Raises:
         UserError: nnU-Net does not find the preprocessor, or it cannot fill the channels that cases lack.
         RuntimeError: names the cases that failed, after the others are done.
@@ -87,7 +95,7 @@ def preprocess_missing(
         if not records.is_done(case, [contents[file] for file in files], lacking.get(case))
     ]
     if not missing:
-        return
+        return {}
     report(f"Preprocessing {len(missing)} of {len(cases)} unlabelled cases into {job.folder}")
     preprocessor = job.preprocessor
     unfilled = [case for case in missing if case in lacking]
@@ -101,14 +109,17 @@ def preprocess_missing(
     for case in missing:
         records.forget(case)
     failures: list[str] = []
-    for (case, files), (outputs, failure) in results_in_parallel(
+    unusable: dict[str, str] = {}
+    for (case, files), (outputs, failure, is_unusable) in results_in_parallel(
         partial(_preprocess_case, job),
         [(case, cases[case]) for case in missing],
         num_processes=num_processes,
         description="Preprocessing unlabelled cases",
         show_progress_bar=show_progress_bar,
     ):
-        if failure:
+        if is_unusable:
+            unusable[case] = failure
+        elif failure:
             failures.append(f"{case} ({failure})")
         else:
             records.write(case, files, [contents[file] for file in files], outputs, lacking.get(case))
@@ -116,10 +127,14 @@ def preprocess_missing(
         raise RuntimeError(
             f"Preprocessing failed for {len(failures)} unlabelled case(s): {'; '.join(sorted(failures))}"
         )
+    return dict(sorted(unusable.items()))
 
 
-def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tuple[dict[str, int], str]:
-    """Write one case's files, each whole. Returns the size of each file by name, and the reason of a failure or ''."""
+def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tuple[dict[str, int], str, bool]:
+    """Write one case's files, each whole, if they are an image.
+
+    Returns the size of each file by name, the reason of a failure or '', and whether the image is the reason.
+    """
     case, files = task
     unfinished = os.path.join(job.folder, _UNFINISHED_FOLDER, uuid.uuid4().hex)
     os.makedirs(unfinished)
@@ -133,17 +148,42 @@ def _preprocess_case(job: PreprocessingJob, task: tuple[str, list[str]]) -> tupl
             job.configuration_manager,
             job.dataset_json,  # type: ignore[arg-type]
         )
+        problem = stored_image_problem(unfinished, case)
+        if problem is not None:
+            return {}, problem, True
         compat.add_empty_class_locations(target + ".pkl")
         outputs = {name: os.path.getsize(os.path.join(unfinished, name)) for name in sorted(os.listdir(unfinished))}
         for name in outputs:
             os.replace(os.path.join(unfinished, name), os.path.join(job.folder, name))
-        return outputs, ""
+        return outputs, "", False
     except MemoryError:
         raise
     except Exception as error:  # the other cases are still to be done
-        return {}, one_line(error)
+        problem = _problem_after_cropping(job, files)
+        return {}, problem or one_line(error), problem is not None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def stored_image_problem(folder: str, case: str) -> str | None:
+    """`image_problem` of a preprocessed case."""
+    image, mask, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    return image_problem(image, mask, properties.get(PRESENT_CHANNELS))
+
+
+def _problem_after_cropping(job: PreprocessingJob, files: list[str]) -> str | None:
+    """Why the part of an image that is not zero cannot be resampled; None if that is not why preprocessing failed."""
+    try:
+        image, properties = job.plans_manager.image_reader_writer_class().read_images(files)
+        cropped, _, _ = crop_to_nonzero(image)
+        problem = size_problem(
+            cropped.shape[1:], properties["spacing"], len(image), job.plans_manager, job.configuration_manager
+        )
+    except MemoryError:
+        raise
+    except Exception:  # the error that preprocessing ended with says more
+        return None
+    return problem and f"cropped to what is not zero, {problem}"
 
 
 def _remove_leftovers(folder: str) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.cached_reading import file_stamp
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
-from nnunetv2_semi.data.duplicates import ImageContent, file_stamp
+from nnunetv2_semi.data.duplicates import ImageContent
 
-_RECORD_VERSION = 1
+_RECORD_VERSION = 2
 _RECORDS_FOLDER = "records"
 
 # what a preprocessed image depends on; patch_size, for one, only shapes the chunks of the file
@@ -112,7 +113,7 @@ class CaseRecords:
 
     def forget(self, case: str) -> None:
         """Remove the record of a case, so that it no longer counts as done."""
-        if os.path.isfile(self._path(case)):
+        with contextlib.suppress(FileNotFoundError):
             os.remove(self._path(case))
 
     def _path(self, case: str) -> str:
@@ -120,4 +121,6 @@ class CaseRecords:
 
 
 def _as_json(content: ImageContent) -> dict:
-    return json.loads(json.dumps(asdict(content)))
+    """What a preprocessed image depends on: its voxels and spacing, not where in the room they lie."""
+    return json.loads(json.dumps({"digest": content.digest, "constant": content.constant, "shape": content.shape,
+                                  "spacing": content.spacing}))

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.cached_reading import read_cached
 from nnunetv2_semi.data.file_integrity import check_file_complete
-from nnunetv2_semi.errors import one_line
-from nnunetv2_semi.processes.pool import results_in_parallel
 
 HASHES_FILE = "semi_content_hashes.json"
 _CACHE_VERSION = 1
-_SECONDS_BETWEEN_SAVES = 20.0
 
 
 @dataclass(frozen=True)
@@ -82,59 +78,34 @@ def image_contents(
     reader_name: str,
     num_processes: int,
     show_progress_bar: bool = True,
+    report: Callable[[str], None] = print,
 ) -> tuple[dict[str, ImageContent], dict[str, str]]:
-    """Content of each image file; files read before and unchanged since (size, modification time) are not read again.
+    """Content of each image file; files that were read before and are unchanged are not read again, see `read_cached`.
 
     Args:
         files: paths.
         raw_dataset_folder: paths below it are cached relative to it.
-        cache_file: JSON, written whole now and then and at the end.
+        cache_file: JSON.
         reader_name: nnU-Net's reader, as in the plans ("image_reader_writer").
         num_processes: of the reading.
         show_progress_bar: one step per file that has to be read.
+        report: receives one line if the cache cannot be written.
 
     Returns:
         Content by path, and the reason by path for files that cannot be read.
     """
-    cache = read_json_object(cache_file) or {}
-    is_current = cache.get("reader") == reader_name and cache.get("version") == _CACHE_VERSION
-    known = cache.get("files", {}) if is_current else {}
-    contents: dict[str, ImageContent] = {}
-    unreadable: dict[str, str] = {}
-    stamps: dict[str, list[int]] = {}
-    for path in files:
-        stamps[path] = file_stamp(path)
-        entry = known.get(_cache_key(path, raw_dataset_folder))
-        if entry is not None and entry["stamp"] == stamps[path]:
-            contents[path] = content_from_json(entry["content"])
-
-    def save() -> None:
-        for path, content in contents.items():
-            known[_cache_key(path, raw_dataset_folder)] = {"stamp": stamps[path], "content": asdict(content)}
-        write_json_whole(cache_file, {"version": _CACHE_VERSION, "reader": reader_name, "files": known})
-
-    to_read = [path for path in stamps if path not in contents]
-    if not to_read:
-        return contents, unreadable
-    last_save = time.monotonic()
-    try:
-        for path, (content, reason) in results_in_parallel(
-            partial(_content_or_reason, reader_name=reader_name),
-            to_read,
-            num_processes=num_processes,
-            description="Reading images",
-            show_progress_bar=show_progress_bar,
-        ):
-            if content is None:
-                unreadable[path] = reason
-            else:
-                contents[path] = content
-            if time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
-                save()
-                last_save = time.monotonic()
-    finally:
-        save()
-    return contents, dict(sorted(unreadable.items()))
+    return read_cached(
+        files,
+        partial(read_content, reader_name=reader_name),
+        content_from_json,
+        made_by={"version": _CACHE_VERSION, "reader": reader_name},
+        raw_dataset_folder=raw_dataset_folder,
+        cache_file=cache_file,
+        num_processes=num_processes,
+        description="Reading images",
+        show_progress_bar=show_progress_bar,
+        report=report,
+    )
 
 
 def find_duplicates(
@@ -186,12 +157,6 @@ def geometry_difference(files: Iterable[str], contents: Mapping[str, ImageConten
     return None
 
 
-def file_stamp(path: str) -> list[int]:
-    """Size (bytes) and modification time (ns) of a file: what tells that it changed."""
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
 def content_from_json(entry: dict) -> ImageContent:
     """Inverse of `dataclasses.asdict` after a trip through JSON, which turns tuples into lists."""
     return ImageContent(
@@ -200,17 +165,3 @@ def content_from_json(entry: dict) -> ImageContent:
         shape=tuple(entry["shape"]),
         spacing=tuple(entry["spacing"]),
     )
-
-
-def _content_or_reason(path: str, reader_name: str) -> tuple[ImageContent | None, str]:
-    try:
-        return read_content(path, reader_name), ""
-    except MemoryError:
-        raise
-    except Exception as error:  # readers raise whatever their libraries do
-        return None, one_line(error)
-
-
-def _cache_key(path: str, raw_dataset_folder: str) -> str:
-    relative = os.path.relpath(path, raw_dataset_folder)
-    return os.path.abspath(path) if relative.startswith(os.pardir) else relative

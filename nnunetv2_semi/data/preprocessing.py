@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from nnunetv2_semi.data.raw_cases import (
     list_unlabelled_cases,
     naming_rule,
 )
+from nnunetv2_semi.data.resampled_size import size_problem
 from nnunetv2_semi.errors import UserError
 
 
@@ -40,7 +42,7 @@ class UnlabelledCases:
     Attributes:
         folder: holds `<case>.b2nd`, `<case>_seg.b2nd` (-1 outside the image's non-zero region, else 0), `<case>.pkl`.
         identifiers: case names, in alphabetical order. The folder may hold others that must not be used.
-        skipped: cases left out because they cannot be read.
+        skipped: cases left out because they cannot be used.
     """
 
     folder: str
@@ -93,7 +95,8 @@ def prepare_unlabelled(
         configuration_manager: with the preprocessor, spacing and normalisation.
         dataset_json: content of dataset.json.
         num_processes: spawned for reading and preprocessing; 1 works in the calling process.
-        skip_unreadable: leave out unreadable cases with a warning instead of raising.
+        skip_unreadable: leave out cases that cannot be used (unreadable, impossible to resample, or no image once they
+            are normalised) with a warning instead of raising.
         report: receives one line of text per fact worth knowing.
         show_progress_bar: of reading and preprocessing.
         preprocessor_class: instead of the one that the configuration names.
@@ -101,7 +104,7 @@ def prepare_unlabelled(
     Raises:
         UserError: no unlabelled case; the mistakes listed in `check_case_names`; an unlabelled image that is a labelled
             case under another name; files that hold other channels than their names say; cases that lack channels with
-            a preprocessor that cannot fill them; unreadable images (all in one message, after the others are done).
+            a preprocessor that cannot fill them; images that cannot be used (all in one message).
     """
     folder = unlabelled_folder(plans_manager, configuration_manager)
     preprocessed_dataset_folder = os.path.dirname(folder)
@@ -115,7 +118,8 @@ def prepare_unlabelled(
     if not cases:
         raise UserError(_no_case_message(raw_dataset_folder, dataset_json))
     for case in set(records.cases()) - set(cases):
-        records.forget(case)
+        with contextlib.suppress(OSError):  # matters only where the raw data is not, in a folder that is read-only
+            records.forget(case)
     labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
     contents, unreadable_files = image_contents(
         [file for files in (*labelled.values(), *cases.values()) for file in files],
@@ -131,22 +135,27 @@ def prepare_unlabelled(
             f"WARNING: {os.path.basename(duplicate.file)} and {os.path.basename(duplicate.other_file)} in "
             f"{UNLABELLED_FOLDER} are the same image. It will be seen twice as often as others."
         )
-    unreadable = _unreadable_cases(cases, contents, unreadable_files)
+    unusable = _unreadable_cases(cases, contents, unreadable_files)
+    unusable |= _cases_of_impossible_size(
+        {case: files for case, files in cases.items() if case not in unusable},
+        contents, plans_manager, configuration_manager,
+    )  # fmt: skip
     job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, preprocessor_class, folder)
-    readable = {case: files for case, files in cases.items() if case not in unreadable}
+    readable = {case: files for case, files in cases.items() if case not in unusable}
     channels_read = {case: sum(contents[file].shape[0] for file in files) for case, files in readable.items()}
     channels = channels_of_cases(readable, channels_read, dataset_json)
     if warning := lacking_warning(channels, dataset_json, "unlabelled"):
         report(warning)
     lacking = lacking_channels(channels, dataset_json)
-    preprocess_missing(job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
+    no_images = preprocess_missing(job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
+    unusable |= {case: f"{', '.join(readable[case])} ({problem})" for case, problem in no_images.items()}
 
     reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
-    reasons += list(unreadable.values())
-    _refuse_or_report_unreadable(reasons, skip_unreadable, report)
-    if not readable:
-        raise UserError(f"None of the unlabelled cases can be read: {'; '.join(reasons)}.")
-    return UnlabelledCases(folder, sorted(readable), sorted(unreadable))
+    reasons += list(unusable.values())
+    _refuse_or_report_unusable(reasons, skip_unreadable, report)
+    if len(unusable) == len(cases):
+        raise UserError(f"None of the unlabelled cases can be used: {'; '.join(reasons)}.")
+    return UnlabelledCases(folder, sorted(set(cases) - set(unusable)), sorted(unusable))
 
 
 def _refuse_labelled_images(
@@ -177,15 +186,31 @@ def _unreadable_cases(
     return unreadable
 
 
-def _refuse_or_report_unreadable(reasons: list[str], skip_unreadable: bool, report: Callable[[str], None]) -> None:
+def _cases_of_impossible_size(
+    cases: Mapping[str, list[str]],
+    contents: Mapping[str, ImageContent],
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+) -> dict[str, str]:
+    """Case name to its file and why it cannot be resampled to the spacing of the plans."""
+    impossible: dict[str, str] = {}
+    for case, files in cases.items():
+        first, channels = contents[files[0]], sum(contents[file].shape[0] for file in files)
+        problem = size_problem(first.shape[1:], first.spacing, channels, plans_manager, configuration_manager)
+        if problem is not None:
+            impossible[case] = f"{files[0]} ({problem})"
+    return impossible
+
+
+def _refuse_or_report_unusable(reasons: list[str], skip_unreadable: bool, report: Callable[[str], None]) -> None:
     if reasons and not skip_unreadable:
         raise UserError(
-            f"{len(reasons)} image(s) or case(s) cannot be read: {'; '.join(reasons)}. Replace or remove these files "
-            f"(all other unlabelled cases are preprocessed already). To leave out unreadable unlabelled cases with a "
+            f"{len(reasons)} image(s) or case(s) cannot be used: {'; '.join(reasons)}. Replace or remove these files "
+            f"(all other unlabelled cases are preprocessed already). To leave out such unlabelled cases with a "
             f'warning, set "skip_unreadable": true in the "semi" object of the configuration in the plans file.'
         )
     for reason in reasons:
-        report(f"WARNING: left out, because it cannot be read: {reason}")
+        report(f"WARNING: left out, because it cannot be used: {reason}")
 
 
 def _cases_without_raw_data(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
+from nnunetv2_semi.data import case_preprocessing
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
 from nnunetv2_semi.data.case_records import CaseRecords
 from nnunetv2_semi.data.duplicates import ImageContent
@@ -41,6 +42,7 @@ class FillingStandIn(StandIn, FillingPreprocessor):
 def _nothing_done_yet(monkeypatch):
     monkeypatch.setattr(StandIn, "failures", {})
     monkeypatch.setattr(StandIn, "done", [])
+    monkeypatch.setattr(case_preprocessing, "stored_image_problem", lambda folder, case: None)
 
 
 class Cases:

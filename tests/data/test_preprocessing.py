@@ -351,3 +351,131 @@ def test_a_worker_killed_by_the_system_is_explained(tiny, processes):
     source = KILLED_SCRIPT.replace("time.sleep(1000)", "os.kill(os.getpid(), 9)")
     _, errors = processes.start(source).communicate(timeout=120)
     assert "UserError" in errors and "fewer processes" in errors
+
+
+def as_tiff(tiny):
+    """All images as 3D TIFF files, whose voxel size is in a JSON file beside them."""
+    import SimpleITK as sitk
+    import tifffile
+
+    for path in tiny.raw_folder.glob("*/*.nii.gz"):
+        tifffile.imwrite(str(path).replace(".nii.gz", ".tif"), sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+        path.unlink()
+    tiny.dataset_json["file_ending"], tiny.plans["image_reader_writer"] = ".tif", "Tiff3DIO"
+    tiny.save()
+
+
+def test_a_case_is_done_again_when_the_file_with_its_voxel_size_comes(tiny, preprocessed_cases):
+    as_tiff(tiny)
+    prepare(tiny)
+    preprocessed_cases.clear()
+    (tiny.raw_folder / "imagesUn" / "un_b.json").write_text('{"spacing": [2, 1, 1]}')
+    prepare(tiny)
+    assert preprocessed_cases == ["un_b"]
+    image, properties = stored(tiny, "un_b")
+    assert image.shape[1] > 30 and properties["spacing"] == [2, 1, 1]
+    prepare(tiny)
+    assert preprocessed_cases == ["un_b"]
+
+
+def test_a_preprocessed_folder_that_cannot_be_written_is_enough_when_all_is_in_place(tiny, monkeypatch):
+    prepare(tiny)
+    os.utime(raw_file(tiny, "un_a"), ns=(1, 1))  # the same content
+
+    def refuse(path, *_):
+        raise OSError(30, "Read-only file system", path)
+
+    for name in ("cached_reading.write_json_whole", "case_records.write_json_whole", "case_records.os.remove"):
+        monkeypatch.setattr(f"nnunetv2_semi.data.{name}", refuse)
+    assert prepare(tiny).identifiers == CASES
+    for channel in range(2):
+        raw_file(tiny, "un_c", channel).unlink()
+    assert prepare(tiny).identifiers == ["un_a", "un_b"]
+
+
+def spoil(tiny, case, change, spacing=(1.0, 1.0, 1.0)):
+    """Change the voxels of the first channel, or the voxel size of both."""
+    import SimpleITK as sitk
+
+    for channel in range(2):
+        path = raw_file(tiny, case, channel)
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        image = sitk.GetImageFromArray(change(voxels) if channel == 0 else voxels)
+        image.SetSpacing(spacing)
+        sitk.WriteImage(image, str(path))
+
+
+def with_extreme_slices(voxels):
+    voxels[3:5] = -3.4e38
+    return voxels
+
+
+def with_one_extreme_voxel(voxels):
+    voxels[5, 5, 5] = 1e12
+    return voxels
+
+
+@pytest.mark.parametrize("change, message", [(with_extreme_slices, "channel 0 has voxels that are NaN or infinite after"
+                                              " normalisation"),
+                                             (with_one_extreme_voxel, "100.0 % of the voxels of channel 0 have the same"
+                                              " value after normalisation")])
+def test_what_is_no_image_once_it_is_normalised_is_named(tiny, preprocessed_cases, change, message):
+    spoil(tiny, "un_a", change)
+    spoil(tiny, "un_c", change)
+    with pytest.raises(UserError) as error:
+        prepare(tiny)
+    text = str(error.value)
+    assert text.startswith("2 image(s) or case(s) cannot be used") and "skip_unreadable" in text
+    assert text.count(message) == 2 and "un_a_0000.nii.gz" in text and "un_c_0000.nii.gz" in text and "un_b" not in text
+    lines = []
+    cases = prepare(tiny, skip_unreadable=True, report=lines.append)
+    assert cases.identifiers == ["un_b"] and cases.skipped == ["un_a", "un_c"]
+    assert sum("WARNING: left out, because it cannot be used" in line for line in lines) == 2
+    assert not (tiny.unlabelled_folder / "un_a.b2nd").exists()
+
+
+def test_an_image_of_one_value_alone_is_no_image(tiny):
+    for channel in range(2):
+        raw_file(tiny, "un_b", channel).unlink()
+        shutil.copy(raw_file(tiny, "un_a", channel), raw_file(tiny, "un_b", channel))
+    import SimpleITK as sitk
+
+    for channel in range(2):
+        sitk.WriteImage(sitk.GetImageFromArray(np.full((8, 8, 8), 7, np.float32)), str(raw_file(tiny, "un_b", channel)))
+    with pytest.raises(UserError, match="un_b_0000.*all voxels have the same value"):
+        prepare(tiny)
+
+
+@pytest.mark.parametrize("size, spacing, plan, message", [
+    (2, 1.0, 5.0, "its size is 2 x 28 x 24 voxels of 1 x 1 x 1 mm, so that resampled to 5 x 1 x 1 mm it would have no "
+     "voxel"),
+    (20, 1000.0, 1.0, "it would have 20000 x 28000 x 24000 voxels, which need 228 TB of memory")])
+def test_a_case_that_cannot_be_resampled_is_named_with_size_and_spacing(tiny, preprocessed_cases, size, spacing, plan,
+                                                                      message):
+    import SimpleITK as sitk
+
+    for channel in range(2):
+        image = sitk.GetImageFromArray(np.random.default_rng(channel).normal(size=(size, 28, 24)).astype(np.float32))
+        image.SetSpacing((spacing,) * 3)
+        sitk.WriteImage(image, str(raw_file(tiny, "un_b", channel)))
+    tiny.plans["configurations"]["3d_fullres"]["spacing"][0] = plan
+    with pytest.raises(UserError) as error:
+        prepare(tiny)
+    text = str(error.value)
+    assert message in text and "un_b_0000.nii.gz" in text and "Correct the voxel size in the header" in text
+    assert preprocessed_cases == ["un_a", "un_c"]
+    assert prepare(tiny, skip_unreadable=True).skipped == ["un_b"]
+
+
+def test_a_case_that_has_no_voxel_after_cropping_is_named(tiny):
+    def two_slices(voxels):
+        voxels[2:] = 0
+        voxels[:2] = 100
+        return voxels
+
+    spoil(tiny, "un_b", two_slices)
+    shutil.copy(raw_file(tiny, "un_b", 0), raw_file(tiny, "un_b", 1))
+    tiny.plans["configurations"]["3d_fullres"]["spacing"][0] = 5.0
+    with pytest.raises(UserError, match="un_b_0000.*cropped to what is not zero, its size is 2 x 28 x 24.*no voxel"):
+        prepare(tiny)
+    assert prepare(tiny, skip_unreadable=True).skipped == ["un_b"]
