@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from nnunetv2_semi.benchmark.study import local_pool
+from nnunetv2_semi import cli
+from nnunetv2_semi.benchmark.study import local_pool, planned_data
 from nnunetv2_semi.benchmark.study.cluster import cluster_executor
 from nnunetv2_semi.benchmark.study.local_pool import check_devices
 from nnunetv2_semi.benchmark.study.preparation import prepare
@@ -46,7 +48,12 @@ cluster: {executor: local, device: cpu, timeout_min: 10}
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(
+    tmp_path_factory: pytest.TempPathFactory, worker_threads: Callable[[], AbstractContextManager[None]]
+) -> Iterator[Path]:
+    """nnU-Net's folders with a phantom that has a fingerprint and no plans, and a folder with a trainer that fails."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
+
     from nnunetv2_semi.data.phantom import make_phantom_dataset
 
     folder = tmp_path_factory.mktemp("study")
@@ -54,20 +61,28 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / name).mkdir()
     make_phantom_dataset(folder / "nnUNet_raw", 1, "Phantom", labelled=3, unlabelled=2, test=1, shape=(16, 20, 16))
     (folder / "trainers" / "nnUNetTrainerThatFails.py").write_text(FAILING)
+    with pytest.MonkeyPatch.context() as patch, worker_threads():  # nnU-Net's command would draw 10^8 voxels
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(name, str(folder / name))
+        extract_fingerprints([1], num_processes=1)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def planned(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def planned(workspace: Path, monkeypatch: pytest.MonkeyPatch, run_in_this_process: Callable[..., str]) -> Path:
     """The workspace, planned, with nnU-Net's variables in this process."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(workspace / name))
     monkeypatch.setenv("nnUNet_extTrainer", str(workspace / "trainers"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
     if not list((workspace / "nnUNet_preprocessed").glob("*/nnUNetSemiCPUPlans.json")):
         (workspace / "planned.yaml").write_text(STUDY)
-        prepare(read_study(workspace / "planned.yaml"))
+        with monkeypatch.context() as patch:
+            patch.setattr(planned_data, "run_logged", lambda command, *further: run_in_this_process(
+                workspace, Path(command[0]).name, *command[1:]))
+            prepare(read_study(workspace / "planned.yaml"))
     return workspace
 
 
@@ -101,8 +116,9 @@ def processes_of(workspace: Path) -> list[str]:
     return [line for line in lines if "nnUNetv2_" in line and "_study_" in line]
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace):
+def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monkeypatch, capsys):
     (workspace / "study.yaml").write_text(STUDY)
     logs = workspace / "study" / "runs"
     killed = start(workspace, "run", "study.yaml", "--devices", "cpu")
@@ -131,14 +147,19 @@ def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace):
     code, text = output_of(workspace, "run", "study.yaml", "--devices", "cpu")
     assert code == 0 and "3 trainings in" in text and "1 to do" in text, text
     assert all(file.stat().st_mtime_ns == time_ for file, time_ in finished.items())
-    assert output_of(workspace, "status", "study.yaml")[0] == 0
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(workspace / name))
+    monkeypatch.setenv("nnUNet_extTrainer", str(workspace / "trainers"))
+    monkeypatch.chdir(workspace)
+    assert cli.main(["benchmark", "status", "study.yaml"]) == 0
 
     # what was done with other settings is not mixed with what would be done now
     (workspace / "study.yaml").write_text(STUDY.replace("num_epochs: 4", "num_epochs: 5"))
-    code, text = output_of(workspace, "run", "study.yaml", "--devices", "cpu")
-    assert code == 1 and "3 trainings of the study were begun with other settings" in text
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 1
+    assert "3 trainings of the study were begun with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_on_a_cluster(workspace):
     pytest.importorskip("submitit")
     (workspace / "clustered.yaml").write_text(STUDY.replace("  - nnUNetTrainerSemiMeanTeacher\n", "").replace(
@@ -190,11 +211,16 @@ def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(plann
     split.unlink()
 
 
-def test_data_sets_can_share_one_plan(planned):
+@pytest.mark.e2e
+def test_data_sets_can_share_one_plan(planned, worker_threads):
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
+
     from nnunetv2_semi.data.phantom import make_phantom_dataset
 
     make_phantom_dataset(planned / "nnUNet_raw", 2, "Other", labelled=2, unlabelled=1, test=1, shape=(12, 20, 16),
                          seed=1)
+    with worker_threads():
+        extract_fingerprints([2], num_processes=1)
     (planned / "shared.yaml").write_text(STUDY.replace("[1]", "[1, 2]") + "plans_from: 1\n")
     prepared = prepare(read_study(planned / "shared.yaml"))
     first, second = (json.loads(file.read_text())["configurations"]["3d_fullres"] for file in sorted(
