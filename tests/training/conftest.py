@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -37,6 +39,23 @@ def run_command(workspace: Path, name: str, *arguments: str, check: bool = True)
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert not check or result.returncode == 0, result.stdout[-3000:]
     return result
+
+
+def kill_and_continue(workspace: Path, *train: str) -> None:
+    """Run a training command of fold 0, kill it after its first checkpoint, and run it to its end with --c."""
+    process = subprocess.Popen([command(train[0]), *train[1:]], env=environment(workspace),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    fold = "*/*/fold_0"
+    try:
+        deadline = time.monotonic() + 240
+        while not list((workspace / "nnUNet_results").glob(f"{fold}/checkpoint_latest.pth")):
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not list((workspace / "nnUNet_results").glob(f"{fold}/checkpoint_final.pth"))
+    run_command(workspace, *train, "--c")
 
 
 def environment(workspace: Path) -> dict[str, str]:
@@ -180,8 +199,8 @@ def no_progress_png(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(scope="session")
 def tools(worker_threads: Callable, run_in_this_process: Callable):
     """The functions above."""
-    return SimpleNamespace(run=run_command, call=run_in_this_process, set_semi=set_semi,
-                           prepare=partial(prepare, worker_threads), plans_path=plans_path, load=load_checkpoint,
+    return SimpleNamespace(run=run_command, kill_and_continue=kill_and_continue, call=run_in_this_process,
+                           set_semi=set_semi, prepare=partial(prepare, worker_threads), plans_path=plans_path, load=load_checkpoint,
                            trainer=make_trainer, environment=environment, command=command, folders=FOLDERS,
                            on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES, run_workers=run_workers,
                            states_equal=states_equal, predict_without_this_package=predict_without_this_package)

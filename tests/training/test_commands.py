@@ -1,11 +1,7 @@
 """A whole life of a Semi-CML model through the commands that users type; `tools.call` runs them in this process."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 import zipfile
 
 import numpy as np
@@ -60,20 +56,9 @@ def test_killed_and_continued_it_ends_with_the_same_weights(trained, tools, tmp_
     shutil.copytree(trained, workspace, ignore=shutil.ignore_patterns("nnUNet_results"))
     (workspace / "nnUNet_results").mkdir()
     tools.set_semi(workspace, final_validation=False)
-    process = subprocess.Popen([tools.command(TRAIN[0]), *TRAIN[1:]], env=tools.environment(workspace),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while not list((workspace / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")):
-            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
-            time.sleep(0.05)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    fold = model_folder(workspace) / "fold_0"
-    assert not (fold / "checkpoint_final.pth").exists()
-    tools.run(workspace, *TRAIN, "--c")
-    one, other = (tools.load(folder / "checkpoint_final.pth") for folder in (model_folder(trained) / "fold_0", fold))
+    tools.kill_and_continue(workspace, *TRAIN)
+    one, other = (tools.load(model_folder(folder) / "fold_0" / "checkpoint_final.pth")
+                  for folder in (trained, workspace))
     assert one["network_weights"].keys() == other["network_weights"].keys()
     assert all(torch.equal(one["network_weights"][k], other["network_weights"][k]) for k in one["network_weights"])
     assert one["current_epoch"] == other["current_epoch"] == 4

@@ -1,11 +1,7 @@
 """SynFoC with a tiny SAM: every kind of data, and a whole life through the commands that users type."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -102,20 +98,9 @@ def test_killed_and_continued_it_ends_with_the_same_weights(trained, tools, tmp_
     workspace = tmp_path / "w"
     copy_without_results(trained, workspace)
     tools.set_semi(workspace, final_validation=False)
-    process = subprocess.Popen([tools.command(TRAIN[0]), *TRAIN[1:]], env=tools.environment(workspace),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while not list((workspace / "nnUNet_results").glob("*/*/fold_0/checkpoint_latest.pth")):
-            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
-            time.sleep(0.05)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    fold = model_folder(workspace) / "fold_0"
-    assert not (fold / "checkpoint_final.pth").exists()
-    tools.run(workspace, *TRAIN, "--c")
-    one, other = (tools.load(folder / "checkpoint_final.pth") for folder in (model_folder(trained) / "fold_0", fold))
+    tools.kill_and_continue(workspace, *TRAIN)
+    one, other = (tools.load(model_folder(folder) / "fold_0" / "checkpoint_final.pth")
+                  for folder in (trained, workspace))
     tools.states_equal(one["network_weights"], other["network_weights"], 0)
     tools.states_equal(one["nnunetv2_semi"]["method_state"], other["nnunetv2_semi"]["method_state"], 0)
 
