@@ -15,6 +15,7 @@ NNUNET_FOLDERS = {
 BENCHMARK = ["jinja2", "monai>=1.4", "pandas", "pyyaml", "statsmodels"]
 CLUSTER = ["submitit"]
 FOUNDATION = ["transformers>=5", "safetensors"]
+ONNX = ["onnx>=1.16", "onnxruntime>=1.17"]
 # Second libraries for metrics; stubs for mypy.
 TEST = ["pytest>=8", "pytest-xdist", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
 
@@ -80,7 +81,8 @@ setup(
         "benchmark": BENCHMARK,
         "cluster": CLUSTER,
         "foundation": FOUNDATION,
-        "test": [*TEST, *BENCHMARK, *CLUSTER, *FOUNDATION],
+        "onnx": ONNX,
+        "test": [*TEST, *BENCHMARK, *CLUSTER, *FOUNDATION, *ONNX],
     },
     entry_points={"console_scripts": ["nnunetv2_semi = nnunetv2_semi.cli:main"]},
     cmdclass={"editable_wheel": EditableWheelWithoutNnunet},

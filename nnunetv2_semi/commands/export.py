@@ -1,4 +1,4 @@
-"""``nnunetv2_semi export``: a model folder that stock nnU-Net runs without this package."""
+"""``nnunetv2_semi export``: a model folder that stock nnU-Net runs without this package, or ONNX files."""
 
 from __future__ import annotations
 
@@ -36,17 +36,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modality", metavar="NAME", help="export the network of this modality alone (default: every "
                         "network that nnU-Net can run, one folder each)")
     parser.add_argument("-o", metavar="FOLDER", required=True, help="folder to write")
+    parser.add_argument("--onnx", action="store_true", help="write ONNX files, one per fold, and a JSON with all that "
+                        "inference needs; of models of nnU-Net's own trainers too")
+    parser.add_argument("--tolerance", metavar="SHARE", type=float, default=1e-4, help="with --onnx: largest "
+                        "difference allowed between the logits of ONNX Runtime and of PyTorch, as a share of the "
+                        "largest logit, or of 1 where all are smaller (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Export and say how to predict with what was written."""
     folder = args.m or _model_folder(args.d, args.tr, args.p, args.c)
+    if args.onnx:
+        return _run_onnx(folder, args)
     for name, written in export_model(folder, args.o, modality=args.modality, folds=args.f,
                                       checkpoint_name=args.chk).items():
         channels = _read_json(os.path.join(written, "dataset.json"))["channel_names"]
         inputs = ", ".join(f"_{int(index):04d} = {channel}" for index, channel in channels.items())
         print(f"{name or 'Model'}: {written}\n  input: {inputs}\n"
               f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {written} -chk {args.chk}")
+    return 0
+
+
+def _run_onnx(folder: str, args: argparse.Namespace) -> int:
+    from nnunetv2_semi.onnx_export.export import export_onnx
+
+    folds = _folds(folder, args.f, args.chk)
+    _check_nothing_in(args.o)
+    written, remarks = export_onnx(folder, args.o, folds=folds, checkpoint_name=args.chk, modality=args.modality,
+                                   tolerance=args.tolerance)
+    for name, network in written.items():
+        print(f"{name or 'Deployed network'}: {network.folder}\n  input: {', '.join(network.channels)}\n"
+              f"  checked with ONNX Runtime on {network.checked_on}")
+        for fold, (difference, largest) in network.differences.items():
+            print(f"  fold_{fold}.onnx: logits differ from PyTorch's by at most {difference:.1e} (logits are up to "
+                  f"{largest:.3g}, allowed: {args.tolerance * max(1.0, largest):.1e})")
+    for remark in remarks:
+        print(remark)
     return 0
 
 
@@ -60,8 +85,11 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
     """
     import torch
 
+    from nnunetv2_semi.data.dataset_json import read_dataset_json
+
     folds = _folds(model_folder, folds, checkpoint_name)
-    plans, dataset_json = (_read_json(os.path.join(model_folder, f)) for f in ("plans.json", "dataset.json"))
+    plans = _read_json(os.path.join(model_folder, "plans.json"))
+    dataset_json = read_dataset_json(os.path.join(model_folder, "dataset.json"))
     written: dict[str, str] = {}
     for fold in folds:
         path = os.path.join(model_folder, f"fold_{fold}", checkpoint_name)
@@ -182,9 +210,13 @@ def _save_checkpoint(checkpoint: dict, weights: dict, stock: dict[str, dict], fo
 
 
 def _make_folder(folder: str) -> None:
+    _check_nothing_in(folder)
+    os.makedirs(folder, exist_ok=True)
+
+
+def _check_nothing_in(folder: str) -> None:
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"{folder} is not empty. Name a new folder with -o, or remove it first.")
-    os.makedirs(folder, exist_ok=True)
 
 
 def _copy_fingerprint(model_folder: str, folder: str, channels: Sequence[int]) -> None:

@@ -68,7 +68,7 @@ class AtlasNetwork(Deployed):
     def predictions(self, image: torch.Tensor, wanted: Sequence[Predict] = get_args(Predict)) -> dict[str, Logits]:
         """As ``predicted`` for each of ``wanted``, which share their passes."""
         present = self.encoders.present_modalities(image)
-        # An exported graph cannot depend on what is in an image: all is predicted from each modality, and then voted on.
+        # An exported graph cannot branch on what is in an image: each modality predicts all of it, then they vote.
         traced = torch.jit.is_tracing()
         single: dict[str, list[list[torch.Tensor]]] = {predict: [] for predict in wanted}
         voting = []
@@ -96,6 +96,10 @@ class AtlasNetwork(Deployed):
     def stock_networks(self) -> dict[str, StockNetwork]:
         """The segmentation head with each modality's encoder."""
         return {name: (self.encoders.channels[name], self.encoders.stock_weights(name)) for name in self.encoders.names}
+
+    def why_not_exportable(self) -> str | None:
+        """Only the segmentation head can be exported."""
+        return None if self.predict == "segmentation" else f'it predicts from atlases ("predict": "{self.predict}")'
 
     def only(self, image: torch.Tensor, modality: int | torch.Tensor) -> torch.Tensor:
         """``image`` (B, C, *spatial) with the channels of ``modality`` (one, or one for each patch) alone."""

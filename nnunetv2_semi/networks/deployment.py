@@ -32,3 +32,7 @@ class Deployed(nn.Module):
     def stock_networks(self) -> dict[str, StockNetwork]:
         """The parts that are plain nnU-Net networks, by name, with the weights they have now."""
         return {}
+
+    def why_not_exportable(self) -> str | None:
+        """Why this network cannot become a graph of standard operators (ONNX), a clause; None where it can."""
+        return None
