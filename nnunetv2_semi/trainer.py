@@ -34,6 +34,7 @@ from nnunetv2_semi.training import batches, checkpoints, pictures, splits, unlab
 from nnunetv2_semi.training.context import build_context
 from nnunetv2_semi.training.domains import cases_of_domains, print_dice_of_domains
 from nnunetv2_semi.training.logs import EpochValues, SemiLocalLogger, log_values, to_floats, values_of_terms
+from nnunetv2_semi.training.skipped_steps import refuse_mostly_skipped
 from nnunetv2_semi.training.step import TrainingStep
 from nnunetv2_semi.training.validation import COUNTS, Predicted, dice_by_name, rows_with_own_target
 
@@ -163,6 +164,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
     def get_dataloaders(self) -> tuple[BatchStream, BatchStream]:
         """Streams of seeded batches: labelled and unlabelled patches together, and validation patches."""
         unlabelled = None
+        on_first_process(lambda: batches.check_labelled(self))
         if self.method_class.uses_unlabelled:
             unlabelled = on_first_process(lambda: batches.prepare(self, self.settings))
         training, validation = compat.plain_dataloaders(super().get_dataloaders)
@@ -226,6 +228,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         means = mean_over_processes(self._epoch_values.means())
         means["skipped_steps"] *= self.num_iterations_per_epoch
         log_values(self, means)
+        refuse_mostly_skipped(self)
 
     def _close_bar(self) -> None:
         if self._bar is not None:

@@ -13,12 +13,20 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_semi import compat
+from nnunetv2_semi.data.labelled_checks import check_labelled_cases
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels, SeededBatches, UnlabelledPatchLoader
 from nnunetv2_semi.data.patch_channels import ModalityDrop
 from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
 from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.settings import Settings
 from nnunetv2_semi.present_channels import present_modalities
+
+
+def check_labelled(trainer: nnUNetTrainer) -> None:
+    """Refuse labelled cases that are not those of the raw data set, or no images or labels; see the function called."""
+    check_labelled_cases(
+        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, num_processes=default_num_processes,
+        report=trainer.print_to_log_file)
 
 
 def prepare(trainer: nnUNetTrainer, settings: Settings) -> UnlabelledCases:

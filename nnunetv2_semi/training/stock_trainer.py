@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import whole_file
+from nnunetv2_semi.distributed import on_first_process
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
-from nnunetv2_semi.training import splits
+from nnunetv2_semi.training import batches, splits
 
 
 class nnUNetTrainerSemiStock(nnUNetTrainer):
@@ -46,6 +47,10 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         splits.write_small_split(self)
         return super().do_split()
+
+    def on_train_start(self) -> None:
+        on_first_process(lambda: batches.check_labelled(self))
+        super().on_train_start()
 
     def run_training(self) -> None:
         self._trained_here = True

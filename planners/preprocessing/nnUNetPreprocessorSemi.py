@@ -11,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.case_channels import channels_by_name, lacking_warning
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
+from nnunetv2_semi.data.labelled_checks import check_labels_before_preprocessing
 from nnunetv2_semi.data.preprocessing import check_case_names, prepare_unlabelled
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.errors import UserError
@@ -34,8 +35,8 @@ class nnUNetPreprocessorSemi(FillingPreprocessor):
             num_processes: of either part.
 
         Raises:
-            UserError: labelled cases with surplus channels, or files whose channel cannot be told; and see
-                `nnunetv2_semi.data.preprocessing.prepare_unlabelled`.
+            UserError: labelled cases with surplus channels, or files whose channel cannot be told; labels that hold
+                other values than dataset.json says; and see `nnunetv2_semi.data.preprocessing.prepare_unlabelled`.
         """
         dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
         raw_dataset_folder = os.path.join(nnUNet_raw, dataset_name)
@@ -51,6 +52,9 @@ class nnUNetPreprocessorSemi(FillingPreprocessor):
         channels = channels_by_name(labelled, dataset_json, plans_manager.image_reader_writer_class)
         if warning := lacking_warning(channels, dataset_json, "labelled"):
             print(warning)
+        check_labels_before_preprocessing(
+            plans_manager, dataset_json, num_processes=num_processes, show_progress_bar=self.show_progress_bar
+        )
         super().run(dataset_name_or_id, configuration_name, plans_identifier, num_processes)
         if not unlabelled:
             return

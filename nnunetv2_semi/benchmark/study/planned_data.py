@@ -12,7 +12,6 @@ from nnunetv2_semi import compat
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.data.atomic_files import write_json_whole
-from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
@@ -59,20 +58,19 @@ def _run(study: Study, dataset: str, name: str, arguments: list[str]) -> None:
 
 
 def _is_preprocessed(study: Study, plans_file: Path, raw: Path) -> bool:
-    """Whether all labelled cases are there, and none that is not labelled any more."""
-    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
-    folder = _data_folder(study, plans_file)
-    return {file.stem for file in folder.glob("*.pkl")} == set(list_labelled_cases(str(raw), dataset_json))
-
-
-def _data_folder(study: Study, plans_file: Path) -> Path:
+    """Whether all labelled cases are there as the raw data set has them, and none that is not labelled any more."""
+    from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunetv2_semi.data.labelled_comparison import compare_with_raw
+
+    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     plans = PlansManager(json.loads(plans_file.read_text(encoding="utf-8")))
     if study.configuration not in plans.available_configurations:
         raise UserError(f"{plans_file} has no configuration {study.configuration}; it has "
                         f"{', '.join(plans.available_configurations)}.")
-    return plans_file.parent / plans.get_configuration(study.configuration).data_identifier
+    return compare_with_raw(plans, plans.get_configuration(study.configuration), dataset_json,
+                            num_processes=default_num_processes).agrees
 
 
 def write_split(study: Study, job: Job) -> None:

@@ -1,0 +1,172 @@
+"""Whether label files hold what dataset.json says: nnU-Net cuts off fractions and ignores what it does not know."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_semi.data.cached_reading import read_cached
+from nnunetv2_semi.data.file_integrity import check_file_complete
+from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
+from nnunetv2_semi.errors import UserError
+
+LABELS_FILE = "semi_label_contents.json"
+_CACHE_VERSION = 1
+_VALUES_KEPT = 1000  # of a label that is an image by mistake there are as many as voxels
+_VALUES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class LabelContent:
+    """What one label file holds.
+
+    Attributes:
+        digest: BLAKE2b of shape, spacing and decoded voxels (hexadecimal).
+        channels: 1 for a label.
+        values: different voxel values, in ascending order; the first 1000.
+    """
+
+    digest: str
+    channels: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a data set.
+
+    Attributes:
+        files: labelled case to its label file.
+        contents: of the files that can be read.
+        unreadable: of the others, the reason by path.
+    """
+
+    files: Mapping[str, str]
+    contents: Mapping[str, LabelContent]
+    unreadable: Mapping[str, str]
+
+
+def label_files(raw_dataset_folder: str, dataset_json: dict) -> dict[str, str]:
+    """Labelled case to its label file, which need not be there."""
+    listed = dataset_json.get("dataset")
+    if listed is not None:
+        return {case: os.path.normpath(os.path.join(raw_dataset_folder, os.path.expandvars(entry["label"])))
+                for case, entry in sorted(listed.items())}
+    folder = os.path.join(raw_dataset_folder, "labelsTr")
+    return {case: os.path.join(folder, case + dataset_json["file_ending"])
+            for case in list_labelled_cases(raw_dataset_folder, dataset_json)}
+
+
+def read_label(path: str, reader_name: str) -> LabelContent:
+    """Read one label file with nnU-Net's reader of that name.
+
+    Raises:
+        Exception: whatever the reader or `check_file_complete` raises on a damaged file.
+    """
+    check_file_complete(path)
+    voxels, properties = recursive_find_reader_writer_by_name(reader_name)().read_seg(path)
+    voxels = np.ascontiguousarray(voxels, dtype=np.float32)
+    voxels += 0.0  # minus zero and zero are the same label
+    spacing = [float(size) for size in properties["spacing"]]
+    hasher = hashlib.blake2b(repr((voxels.shape, spacing)).encode(), digest_size=20)
+    hasher.update(voxels.data)
+    # Without sorting, unlike numpy's: label files have up to 10^9 voxels.
+    values = sorted(float(value) for value in pd.unique(voxels.ravel()))
+    return LabelContent(hasher.hexdigest(), len(voxels), tuple(values[:_VALUES_KEPT]))
+
+
+def label_contents(
+    files: Sequence[str],
+    *,
+    raw_dataset_folder: str,
+    cache_file: str,
+    reader_name: str,
+    num_processes: int,
+    show_progress_bar: bool = True,
+    report: Callable[[str], None] = print,
+) -> tuple[dict[str, LabelContent], dict[str, str]]:
+    """Content of each label file, and the reason by path for files that cannot be read; see `read_cached`."""
+    return read_cached(
+        files,
+        partial(read_label, reader_name=reader_name),
+        lambda entry: LabelContent(entry["digest"], entry["channels"], tuple(entry["values"])),
+        made_by={"version": _CACHE_VERSION, "reader": reader_name},
+        raw_dataset_folder=raw_dataset_folder,
+        cache_file=cache_file,
+        num_processes=num_processes,
+        description="Reading labels",
+        show_progress_bar=show_progress_bar,
+        report=report,
+    )
+
+
+def read_labels(
+    plans_manager: PlansManager,
+    dataset_json: dict,
+    raw_dataset_folder: str,
+    num_processes: int,
+    show_progress_bar: bool,
+    report: Callable[[str], None],
+) -> Labels:
+    """Read the label of each labelled case of the raw data set, with the cache beside its preprocessed cases."""
+    files = label_files(raw_dataset_folder, dataset_json)
+    contents, unreadable = label_contents(
+        list(files.values()),
+        raw_dataset_folder=raw_dataset_folder,
+        cache_file=os.path.join(nnUNet_preprocessed, plans_manager.dataset_name, LABELS_FILE),
+        reader_name=plans_manager.plans["image_reader_writer"],
+        num_processes=num_processes,
+        show_progress_bar=show_progress_bar,
+        report=report,
+    )
+    return Labels(files, contents, unreadable)
+
+
+def label_mistake(channels: int, values: Sequence[float], dataset_json: dict) -> str | None:
+    """What is wrong with a label file of so many channels with these voxel values; None if nothing is."""
+    if channels != 1:
+        return f"it has {channels} channels, as a colour image has, where a label has one: save it as grey values"
+    broken = [value for value in values if not (math.isfinite(value) and value == int(value))]
+    if broken:
+        return (f"its values {_listed(broken)} are no whole numbers, and nnU-Net cuts off what comes after the point: "
+                "round them, and save integers")
+    known = {0, *(int(value) for entry in dataset_json["labels"].values()
+                  for value in (entry if isinstance(entry, (list, tuple)) else [entry]))}
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        return f"its values {_listed(unknown)} are not among the labels of dataset.json ({_listed(sorted(known), 50)})"
+    return None
+
+
+def check_label_files(labels: Labels, dataset_json: dict) -> None:
+    """Refuse labels that nnU-Net would train on as something else.
+
+    Raises:
+        UserError: names all files and their values.
+    """
+    mistakes = [f"{file} ({reason})" for file, reason in labels.unreadable.items()]
+    for file in labels.files.values():
+        if file in labels.contents:
+            content = labels.contents[file]
+            mistake = label_mistake(content.channels, content.values, dataset_json)
+            mistakes += [f"{file} ({mistake})"] if mistake else []
+    if mistakes:
+        raise UserError(
+            f"{len(mistakes)} label file(s) are no labels of this data set: {shown(mistakes)}. Correct these files, or "
+            f'"labels" in dataset.json (and plan again), or remove the cases; then preprocess the data set again.'
+        )
+
+
+def _listed(values: Sequence[float], at_most: int = _VALUES_SHOWN) -> str:
+    rest = len(values) - at_most
+    return ", ".join(f"{value:.6g}" for value in values[:at_most]) + (f" and {rest} more" if rest > 0 else "")

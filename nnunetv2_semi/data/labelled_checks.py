@@ -1,0 +1,100 @@
+"""What is asked of labelled cases before anything is trained on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_semi.data.label_files import check_label_files, read_labels
+from nnunetv2_semi.data.labelled_comparison import Comparison, compare_with_raw, labelled_folder, names_preprocessed
+from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels, shown
+from nnunetv2_semi.errors import UserError
+
+
+def check_labelled_cases(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict,
+    *,
+    num_processes: int,
+    report: Callable[[str], None] = print,
+    show_progress_bar: bool = True,
+) -> None:
+    """Refuse to train on preprocessed labelled cases that are not those of the raw data set, or no images or labels.
+
+    Without raw data (a cluster node) there is nothing to compare with. To be called by one process only.
+
+    Args:
+        plans_manager: names the data set.
+        configuration_manager: of the training.
+        dataset_json: content of dataset.json.
+        num_processes: of the reading; 1 works in the calling process.
+        report: receives one line per fact worth knowing.
+        show_progress_bar: of reading and comparing.
+
+    Raises:
+        UserError: no preprocessed case; cases that differ; images without label; see `check_label_files`.
+    """
+    folder = labelled_folder(plans_manager, configuration_manager)
+    command = preprocessing_command(plans_manager, configuration_manager)
+    if not names_preprocessed(folder):
+        raise UserError(f"There is no preprocessed labelled case in {folder}. Run: {command}")
+    if not nnUNet_raw.is_set() or not os.path.isdir(os.path.join(nnUNet_raw, plans_manager.dataset_name)):
+        return
+    raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
+    check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
+    labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
+    check_label_files(labels, dataset_json)
+    found = compare_with_raw(
+        plans_manager, configuration_manager, dataset_json, labels=labels, num_processes=num_processes, report=report,
+        show_progress_bar=show_progress_bar,
+    )  # fmt: skip
+    if not found.agrees:
+        raise UserError(disagreement_message(found, raw_dataset_folder, folder, command))
+    if found.unusable:
+        images = [f"{case} ({reason})" for case, reason in found.unusable.items()]
+        raise UserError(
+            f"{len(images)} labelled case(s) in {folder} are no images: {shown(images)}. Replace their files in "
+            f"{raw_dataset_folder}, or remove the cases; then run: {command}"
+        )
+
+
+def check_labels_before_preprocessing(
+    plans_manager: PlansManager, dataset_json: dict, *, num_processes: int, show_progress_bar: bool = True
+) -> None:
+    """`check_label_files` of all labelled cases of the raw data set."""
+    raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
+    labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, print)
+    check_label_files(labels, dataset_json)
+
+
+def disagreement_message(found: Comparison, raw_dataset_folder: str, folder: str, command: str) -> str:
+    """Which cases differ, and how to mend it."""
+    findings = found.findings()
+    splits = os.path.join(os.path.dirname(folder), "splits_final.json")
+    named = [case for case in found.gone if os.path.isfile(splits) and f'"{case}"' in _text(splits)]
+    in_splits = (
+        f" {splits} names {shown(named)}: remove these cases there, or the file, of which nnU-Net then makes a new one "
+        f"(models trained before have other folds)." if named else ""
+    )
+    return (
+        f"{len(findings)} labelled case(s) in {folder} are not as in {raw_dataset_folder}: {shown(findings)}. To train "
+        f"on what the raw data set holds now, preprocess it again, which replaces that folder: {command}{in_splits}"
+    )
+
+
+def preprocessing_command(plans_manager: PlansManager, configuration_manager: ConfigurationManager) -> str:
+    """nnU-Net's command that makes the folder of the configuration anew."""
+    own = configuration_manager.data_identifier
+    names = [name for name in plans_manager.available_configurations
+             if plans_manager.get_configuration(name).data_identifier == own]
+    number = plans_manager.dataset_name.removeprefix("Dataset")[:3].lstrip("0") or "0"
+    return f"nnUNetv2_preprocess -d {number} -plans_name {plans_manager.plans_name} -c {names[0] if names else own}"
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()

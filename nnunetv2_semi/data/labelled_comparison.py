@@ -1,0 +1,244 @@
+"""Whether the preprocessed labelled cases are those of the raw data set, and images.
+
+nnU-Net does not tell. A case whose label was taken away stays in its folder, and in the validation split, while its
+image may be unlabelled training data by then. Its files are compared and never written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.cached_reading import companion_files, write_if_possible
+from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
+from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, stored_image_problem
+from nnunetv2_semi.data.dataset_settings import num_channels
+from nnunetv2_semi.data.duplicates import HASHES_FILE, ImageContent, image_contents
+from nnunetv2_semi.data.label_files import LabelContent, Labels, read_labels
+from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.processes.pool import results_in_parallel
+
+_RECORD_VERSION = 1
+_TOLERANCE = 1e-3  # of normalised intensities: other versions of the same libraries round otherwise
+_SPACING_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a folder of preprocessed labelled cases differs from the raw data set.
+
+    Attributes:
+        gone: preprocessed, but no labelled case of the raw data set (any more).
+        new: labelled in the raw data set, but not preprocessed.
+        changed: case to what is another since it was preprocessed.
+        unusable: case to why its preprocessed image is none.
+    """
+
+    gone: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether preprocessing again would give the same cases."""
+        return not (self.gone or self.new or self.changed)
+
+    def findings(self) -> list[str]:
+        """One text per case that differs."""
+        return [
+            *(f"{case} (preprocessed, but not a labelled case of the raw data set any more)" for case in self.gone),
+            *(f"{case} (labelled in the raw data set, but not preprocessed)" for case in self.new),
+            *(f"{case} ({reason})" for case, reason in self.changed.items()),
+        ]
+
+
+def names_preprocessed(folder: str) -> set[str]:
+    """Cases of which nnU-Net's preprocessing has begun to write files into a folder; empty if there is none."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return {name.removesuffix(".pkl") for name in names if name.endswith(".pkl")} | {
+        name.removesuffix(ending) for name in names for ending in (".b2nd", ".npz")
+        if name.endswith(ending) and not name.endswith(f"_seg{ending}")
+    }  # fmt: skip
+
+
+def labelled_folder(plans_manager: PlansManager, configuration_manager: ConfigurationManager) -> str:
+    """Where nnU-Net puts the configuration's preprocessed labelled cases."""
+    return os.path.join(nnUNet_preprocessed, plans_manager.dataset_name, configuration_manager.data_identifier)
+
+
+def compare_with_raw(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict,
+    *,
+    labels: Labels | None = None,
+    num_processes: int,
+    report: Callable[[str], None] = print,
+    show_progress_bar: bool = True,
+) -> Comparison:
+    """Compare the preprocessed labelled cases with the raw data set.
+
+    What a case was made of is recorded when it is first seen: then its size and voxel size are compared, and where a
+    raw file is younger than the preprocessed one, or its label is another than nnU-Net's copy, the case is preprocessed
+    in memory and compared voxel by voxel. From then on contents tell, and a copied or touched file is the same.
+    Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`; what `read_labels` gives, if it was read.
+    """
+    folder = labelled_folder(plans_manager, configuration_manager)
+    raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
+    labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
+    there = names_preprocessed(folder)
+    both = sorted(set(labelled) & there)
+    images, unreadable = image_contents(
+        [file for case in both for file in labelled[case]],
+        raw_dataset_folder=raw_dataset_folder,
+        cache_file=os.path.join(os.path.dirname(folder), HASHES_FILE),
+        reader_name=plans_manager.plans["image_reader_writer"],
+        num_processes=num_processes,
+        show_progress_bar=show_progress_bar,
+        report=report,
+    )
+    if labels is None:
+        labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
+    for file, reason in {**unreadable, **labels.unreadable}.items():
+        report(f"WARNING: {file} cannot be read ({reason}), so its preprocessed case was not compared with it.")
+    files = {case: (labelled[case], labels.files[case]) for case in both}
+    files = {case: (channels, label) for case, (channels, label) in files.items()
+             if label in labels.contents and all(file in images for file in channels)}
+    raw = {case: _raw_identity([images[file] for file in channels], labels.contents[label])
+           for case, (channels, label) in files.items()}
+    job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, None, folder)
+    changed, unusable = _changed_and_unusable(
+        job, raw, files, images, num_processes, show_progress_bar, report
+    )
+    return Comparison(sorted(there - set(labelled)), sorted(set(labelled) - there), changed, unusable)
+
+
+def _changed_and_unusable(
+    job: PreprocessingJob,
+    raw: Mapping[str, dict],
+    files: Mapping[str, tuple[list[str], str]],
+    images: Mapping[str, ImageContent],
+    num_processes: int,
+    show_progress_bar: bool,
+    report: Callable[[str], None],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Of cases that are raw and preprocessed: what changed, and why an image is none."""
+    name = f"semi_labelled_{os.path.basename(job.folder)}.json"
+    record_file = os.path.join(os.path.dirname(job.folder), name)
+    record = read_json_object(record_file) or {}
+    known: dict[str, dict] = record.get("cases", {}) if record.get("version") == _RECORD_VERSION else {}
+    current = {case: known[case] for case in raw if case in known}
+    changed: dict[str, str] = {}
+    tasks = []
+    for case, identity in raw.items():
+        entry, made = known.get(case), _preprocessed_identity(job.folder, case)
+        if made is None:
+            changed[case] = "files of its preprocessed case are missing"
+        elif entry is None or entry["preprocessed"] != made:
+            difference = _header_difference(job, case, [images[file] for file in files[case][0]])
+            if difference is not None:
+                changed[case] = difference
+            else:
+                tasks.append((case, *files[case], _may_be_another(job.folder, case, *files[case])))
+        elif entry["raw"] != identity:
+            tasks.append((case, *files[case], True))
+    for (case, *_), (difference, problem) in results_in_parallel(
+        partial(_examine, job),
+        tasks,
+        num_processes=num_processes,
+        description="Comparing labelled cases",
+        show_progress_bar=show_progress_bar,
+    ):
+        if difference is not None:
+            changed[case] = difference
+        else:
+            made = _preprocessed_identity(job.folder, case)
+            current[case] = {"preprocessed": made, "raw": raw[case], "problem": problem}
+    if tasks:
+        write_if_possible(record_file, {"version": _RECORD_VERSION, "cases": current}, report)
+    unusable = {case: current[case]["problem"] for case in raw
+                if case not in changed and current[case]["problem"] is not None}
+    return dict(sorted(changed.items())), unusable
+
+
+def _examine(job: PreprocessingJob, task: tuple[str, list[str], str, bool]) -> tuple[str | None, str | None]:
+    """What differs when the case is preprocessed anew, if it is to be; and why the stored image is none."""
+    case, images, label, anew = task
+    difference = _difference_anew(job, case, images, label) if anew else None
+    return difference, None if difference else stored_image_problem(job.folder, case)
+
+
+def _difference_anew(job: PreprocessingJob, case: str, images: list[str], label: str) -> str | None:
+    try:
+        image, segmentation, _ = job.preprocessor(verbose=False).run_case(
+            images, label, job.plans_manager, job.configuration_manager, job.dataset_json
+        )
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # whatever a reader or preprocessor raises
+        return f"cannot be preprocessed any more: {one_line(error)}"
+    stored_image, stored_segmentation, *_ = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
+    if not _close(stored_image[:], image):
+        return "its image changed since it was preprocessed"
+    if not np.array_equal(stored_segmentation[:], segmentation):
+        return "its label changed since it was preprocessed"
+    return None
+
+
+def _close(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and np.allclose(first, second, _TOLERANCE, _TOLERANCE, equal_nan=True)
+
+
+def _header_difference(job: PreprocessingJob, case: str, images: Sequence[ImageContent]) -> str | None:
+    with open(os.path.join(job.folder, f"{case}.pkl"), "rb") as file:
+        properties = pickle.load(file)
+    total = num_channels(job.dataset_json)
+    channels = len(properties.get(PRESENT_CHANNELS, range(total))), sum(image.shape[0] for image in images)
+    if channels[0] != channels[1]:
+        return f"it had {channels[0]} channel(s) when it was preprocessed, and has {channels[1]} now"
+    shape = tuple(images[0].shape[1:][axis] for axis in job.plans_manager.transpose_forward)
+    before = tuple(int(size) for size in properties["shape_before_cropping"])
+    if before != shape:
+        return f"its size was {list(before)} voxels when it was preprocessed, and is {list(shape)} now"
+    spacing = [float(size) for size in properties["spacing"]]
+    if not np.allclose(spacing, images[0].spacing, rtol=_SPACING_TOLERANCE):
+        return f"its voxel size was {spacing} mm when it was preprocessed, and is {list(images[0].spacing)} mm now"
+    return None
+
+
+def _may_be_another(folder: str, case: str, images: Sequence[str], label: str) -> bool:
+    """Whether times or sizes of files leave it open that the preprocessed case was made of these."""
+    made = os.path.getmtime(os.path.join(folder, f"{case}.pkl"))
+    sources = [*images, label]
+    if any(os.path.getmtime(file) > made for source in sources for file in (source, *companion_files(source))):
+        return True
+    copy = os.path.join(os.path.dirname(folder), "gt_segmentations", os.path.basename(label))
+    return os.path.isfile(copy) and os.path.getsize(copy) != os.path.getsize(label)
+
+
+def _preprocessed_identity(folder: str, case: str) -> list | None:
+    """Tells whether a case was preprocessed again; a copy of the folder has the same. None where a file is missing."""
+    paths = [os.path.join(folder, case + ending) for ending in (".b2nd", "_seg.b2nd", ".npz")]
+    sizes = [os.path.getsize(path) for path in paths if os.path.isfile(path)]
+    properties = os.path.join(folder, f"{case}.pkl")
+    if not os.path.isfile(properties) or (len(sizes) < 2 and not os.path.isfile(paths[-1])):
+        return None
+    with open(properties, "rb") as file:
+        return [*sizes, hashlib.blake2b(file.read(), digest_size=20).hexdigest()]
+
+
+def _raw_identity(images: Sequence[ImageContent], label: LabelContent) -> dict:
+    contents = [[image.digest, list(image.shape), list(image.spacing)] for image in images]
+    return {"images": contents, "label": label.digest}
