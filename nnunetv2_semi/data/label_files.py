@@ -21,7 +21,7 @@ from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
 from nnunetv2_semi.errors import UserError
 
 LABELS_FILE = "semi_label_contents.json"
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _VALUES_KEPT = 1000  # of a label that is an image by mistake there are as many as voxels
 _VALUES_SHOWN = 5
 
@@ -31,7 +31,7 @@ class LabelContent:
     """What one label file holds.
 
     Attributes:
-        digest: BLAKE2b of shape, spacing and decoded voxels (hexadecimal).
+        digest: BLAKE2b of shape and decoded voxels (hexadecimal), as of an image; its spacing is that of the image.
         channels: 1 for a label.
         values: different voxel values, in ascending order; the first 1000.
     """
@@ -74,11 +74,10 @@ def read_label(path: str, reader_name: str) -> LabelContent:
         Exception: whatever the reader or `check_file_complete` raises on a damaged file.
     """
     check_file_complete(path)
-    voxels, properties = recursive_find_reader_writer_by_name(reader_name)().read_seg(path)
+    voxels, _ = recursive_find_reader_writer_by_name(reader_name)().read_seg(path)
     voxels = np.ascontiguousarray(voxels, dtype=np.float32)
     voxels += 0.0  # minus zero and zero are the same label
-    spacing = [float(size) for size in properties["spacing"]]
-    hasher = hashlib.blake2b(repr((voxels.shape, spacing)).encode(), digest_size=20)
+    hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
     hasher.update(voxels.data)
     # Without sorting, unlike numpy's: label files have up to 10^9 voxels.
     values = sorted(float(value) for value in pd.unique(voxels.ravel()))

@@ -81,8 +81,9 @@ def disagreement_message(found: Comparison, raw_dataset_folder: str, folder: str
         f"(models trained before have other folds)." if named else ""
     )
     return (
-        f"{len(findings)} labelled case(s) in {folder} are not as in {raw_dataset_folder}: {shown(findings)}. To train "
-        f"on what the raw data set holds now, preprocess it again, which replaces that folder: {command}{in_splits}"
+        f"{len(findings)} labelled case(s) in {folder} are not as in {raw_dataset_folder}: {shown(findings)}."
+        f"{in_splits} To train on what the raw data set holds now, preprocess it again, which replaces that folder: "
+        f"{command}"
     )
 
 

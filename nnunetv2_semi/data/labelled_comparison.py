@@ -83,6 +83,7 @@ def compare_with_raw(
     configuration_manager: ConfigurationManager,
     dataset_json: dict,
     *,
+    images: Mapping[str, ImageContent] | None = None,
     labels: Labels | None = None,
     num_processes: int,
     report: Callable[[str], None] = print,
@@ -93,22 +94,25 @@ def compare_with_raw(
     What a case was made of is recorded when it is first seen: then its size and voxel size are compared, and where a
     raw file is younger than the preprocessed one, or its label is another than nnU-Net's copy, the case is preprocessed
     in memory and compared voxel by voxel. From then on contents tell, and a copied or touched file is the same.
-    Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`; what `read_labels` gives, if it was read.
+    Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`; `images` (by file) and `labels` where they
+    have been read already.
     """
     folder = labelled_folder(plans_manager, configuration_manager)
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
     labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
     there = names_preprocessed(folder)
     both = sorted(set(labelled) & there)
-    images, unreadable = image_contents(
-        [file for case in both for file in labelled[case]],
-        raw_dataset_folder=raw_dataset_folder,
-        cache_file=os.path.join(os.path.dirname(folder), HASHES_FILE),
-        reader_name=plans_manager.plans["image_reader_writer"],
-        num_processes=num_processes,
-        show_progress_bar=show_progress_bar,
-        report=report,
-    )
+    unreadable: Mapping[str, str] = {}
+    if images is None:
+        images, unreadable = image_contents(
+            [file for case in both for file in labelled[case]],
+            raw_dataset_folder=raw_dataset_folder,
+            cache_file=os.path.join(os.path.dirname(folder), HASHES_FILE),
+            reader_name=plans_manager.plans["image_reader_writer"],
+            num_processes=num_processes,
+            show_progress_bar=show_progress_bar,
+            report=report,
+        )
     if labels is None:
         labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
     for file, reason in {**unreadable, **labels.unreadable}.items():
