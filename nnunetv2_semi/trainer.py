@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.case_channels import CaseChannels
+from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
 from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels, read_dataset_settings
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process
@@ -57,6 +58,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
+        check_dataset_json(dataset_json, preprocessed_dataset_json(plans["dataset_name"]))
         super().__init__(plans, configuration, fold, dataset_json, device)
         compat.train_on_cpu_under_gloo(self)
         self.logger.local_logger = SemiLocalLogger()
@@ -165,6 +167,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         """Streams of seeded batches: labelled and unlabelled patches together, and validation patches."""
         unlabelled = None
         on_first_process(lambda: batches.check_labelled(self))
+        on_first_process(lambda: splits.prepare_split(self))  # before what may take hours
         if self.method_class.uses_unlabelled:
             unlabelled = on_first_process(lambda: batches.prepare(self, self.settings))
         training, validation = compat.plain_dataloaders(super().get_dataloaders)
@@ -253,7 +256,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """nnU-Net's split into cases for training and validation; of fewer than five cases it has fewer folds."""
-        on_first_process(lambda: splits.write_small_split(self))
+        on_first_process(lambda: splits.prepare_split(self))
         training, validation = super().do_split()
         return training, validation if self._validation_cases is None else self._validation_cases
 

@@ -9,15 +9,15 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.case_channels import channels_by_name, lacking_channels
-from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.data.dataset_json import read_dataset_json
+from nnunetv2_semi.data.raw_checks import check_case_names
 from nnunetv2_semi.planning.fingerprint import check_statistics, fingerprint_of_present_channels
 
 
 class nnUNetFingerprintExtractorSemi(DatasetFingerprintExtractor):
-    """nnU-Net's fingerprint of the labelled cases, after a check that all images in imagesTr have a label.
+    """nnU-Net's fingerprint of the labelled cases, after a check of dataset.json and of the names of all files.
 
     Where cases lack channels, which nnU-Net's own extractor cannot read, each channel's intensity statistics are those
     of the cases that have it.
@@ -28,15 +28,14 @@ class nnUNetFingerprintExtractorSemi(DatasetFingerprintExtractor):
         verbose: as for nnU-Net's extractor.
 
     Raises:
-        UserError: names the images without a label, and says where to move them.
+        UserError: mistakes in dataset.json, or images or names of cases that cannot be used (see `check_case_names`).
     """
 
     def __init__(self, dataset_name_or_id: str | int, num_processes: int = 8, verbose: bool = False) -> None:
         raw_dataset_folder = os.path.join(nnUNet_raw, maybe_convert_to_dataset_name(dataset_name_or_id))
-        dataset_json = read_json_object(os.path.join(raw_dataset_folder, "dataset.json"))
-        if dataset_json is None:
-            raise UserError(f"{raw_dataset_folder}/dataset.json is missing or is not a JSON object.")
-        check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
+        dataset_json = read_dataset_json(os.path.join(raw_dataset_folder, "dataset.json"))
+        preprocessed_dataset_folder = os.path.join(nnUNet_preprocessed, os.path.basename(raw_dataset_folder))
+        check_case_names(raw_dataset_folder, preprocessed_dataset_folder, dataset_json)
         super().__init__(dataset_name_or_id, num_processes, verbose)
 
     def run(self, overwrite_existing: bool = False) -> dict:

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.data.dataset_settings import named_channels, read_dataset_settings
-from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.data.raw_checks import check_case_names
 from nnunetv2_semi.planning.foundation import batch_beside_foundation
 from nnunetv2_semi.planning.geometry import unlabelled_geometry
 from nnunetv2_semi.planning.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
@@ -48,8 +47,8 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         suppress_transpose: keep the axes in the order of the images.
 
     Raises:
-        UserError: images in imagesTr without a label, a mistake in the object "semi" of dataset.json, or no memory for
-            two patches beside a foundation model.
+        UserError: mistakes in dataset.json, images or names of cases that cannot be used (see `check_case_names`), or
+            no memory for two patches beside a foundation model.
     """
 
     def __init__(
@@ -65,10 +64,9 @@ class nnUNetPlannerSemi(ExperimentPlanner):
             preprocessor_name = "nnUNetPreprocessorSemi"
         raw_dataset_folder = os.path.join(nnUNet_raw, maybe_convert_to_dataset_name(dataset_name_or_id))
         dataset_json_file = os.path.join(raw_dataset_folder, "dataset.json")
-        dataset_json = read_json_object(dataset_json_file)
-        if dataset_json is None:
-            raise UserError(f"{dataset_json_file} is missing or is not a JSON object. nnU-Net needs it to plan.")
-        check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
+        dataset_json = read_dataset_json(dataset_json_file)
+        preprocessed_dataset_folder = os.path.join(nnUNet_preprocessed, os.path.basename(raw_dataset_folder))
+        check_case_names(raw_dataset_folder, preprocessed_dataset_folder, dataset_json)
         settings = read_dataset_settings(dataset_json, dataset_json_file)
         super().__init__(
             dataset_name_or_id,

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import SimpleITK as sitk
+import tifffile
 
 from nnunetv2_semi import doctor
+from nnunetv2_semi.data import case_names
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor import environment
 from nnunetv2_semi.doctor.checks import Check, Level, listed, ok, problem, verdict, warning
@@ -218,7 +220,140 @@ def test_dataset_json_that_cannot_be_used(dataset: Path) -> None:
     (dataset / "dataset.json").write_text("{not json")
     assert "dataset.json" in only(findings(Level.PROBLEM)).finding
     (dataset / "dataset.json").write_text("{}")
-    assert "file_ending" in only(findings(Level.PROBLEM)).finding
+    found = [check.finding.split(": ", 1)[1] for check in findings(Level.PROBLEM)]
+    assert [text.split('"')[1] for text in found] == ["channel_names", "labels", "file_ending", "numTraining"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"labels": {"0": "background", "1": "a"}},
+    {"labels": {"a": 1}},
+    {"channel_names": ["T1", "T2"]},
+    {"channel_names": {"T1": "0", "T2": "1"}},
+    {"channel_names": {"0": "T1", "2": "T2"}},
+    {"modality": {"0": "T1"}},
+    {"file_ending": "nii.gz"},
+    {"regions_class_order": [9], "labels": {"background": 0, "all": [1, 2], "a": 1}},
+])
+def test_a_mistake_in_dataset_json_is_one_problem_and_no_traceback(dataset: Path, changes: dict) -> None:
+    edit_json(dataset, **changes)
+    assert f'dataset.json: "{next(iter(changes))}' in only(findings(Level.PROBLEM)).finding
+
+
+def test_files_that_macos_writes_beside_images_are_named(dataset: Path) -> None:
+    for folder in ("imagesTr", "labelsTr", "imagesUn", "imagesTs"):
+        path = images(dataset, folder)[0]
+        (path.parent / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    name = images(dataset, "imagesTr")[0].name
+    found = only(findings(Level.PROBLEM)).finding
+    assert name.startswith("._") and f"nnU-Net reads them as cases: {name}. macOS" in found
+    assert "remove all files whose names begin with ._" in found
+    assert "imagesTs are no images" in only(findings(Level.WARNING)).finding
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "imagesUn"])
+def test_a_link_that_leads_nowhere_is_named(dataset: Path, folder: str) -> None:
+    case = sorted(images(dataset, folder))[0].name[:-12]
+    for path in (dataset / folder).glob(f"{case}_*"):
+        path.unlink()
+        path.symlink_to("/not/there.nii.gz")
+    if folder == "imagesTr":
+        (dataset / "labelsTr" / f"{case}.nii.gz").unlink()
+        edit_json(dataset, numTraining=4)
+    text = "\n".join(check.finding for check in findings(Level.PROBLEM))
+    assert f"{case}_0000.nii.gz" in text and "/not/there.nii.gz" in text
+    assert all(check.finding.count("not there") for check in findings(Level.PROBLEM))
+    if folder == "imagesTr":
+        assert any("4 labelled case(s)" in check.finding for check in findings(Level.WARNING))
+
+
+def test_labels_are_read_as_nnunet_reads_labels(tmp_path: Path, dataset: Path) -> None:
+    """Of TIFF files the reader of images looks for the spacing in another file than that of labels."""
+    for folder in ("imagesTr", "imagesUn", "imagesTs", "labelsTr"):
+        for path in images(dataset, folder):
+            case = path.name.removesuffix(".nii.gz")
+            tifffile.imwrite(path.with_name(f"{case}.tif"), sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+            case = case if folder == "labelsTr" else case[:-5]
+            (path.parent / f"{case}.json").write_text('{"spacing": [2, 1, 1]}')
+            path.unlink()
+    edit_json(dataset, file_ending=".tif")
+    assert [check.line() for check in check_dataset("7") if check.level is not Level.OK] == []
+    label = next((dataset / "labelsTr").glob("*.json"))
+    label.write_text('{"spacing": [3, 1, 1]}')
+    assert f"{label.stem}: spacing [3.0, 1.0, 1.0] of {label.stem}.tif differs" in only(findings(Level.PROBLEM)).finding
+    label.unlink()
+    assert findings(Level.PROBLEM) == []
+    assert f"have no .json file with their spacing: {label.stem};" in only(findings(Level.WARNING)).finding
+
+
+def test_a_name_that_collides_with_nnunets_files_is_a_problem(dataset: Path) -> None:
+    case = images(dataset, "imagesTr")[0].name[:-12]
+    for folder in ("imagesTr", "labelsTr"):
+        for path in (dataset / folder).glob(f"{case}*"):
+            path.rename(path.with_name(path.name.replace(case, "patient_seg")))
+    assert "in imagesTr end with _seg: patient_seg." in only(findings(Level.PROBLEM)).finding
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_names_that_differ_in_case_only(dataset: Path, monkeypatch: pytest.MonkeyPatch, folds: bool) -> None:
+    monkeypatch.setattr(case_names, "folds_case", lambda folder: folds)
+    names = sorted({path.name[:-12] for path in images(dataset, "imagesUn")})[:2]
+    for old, new in zip(names, ("Patient", "patient"), strict=True):
+        for path in (dataset / "imagesUn").glob(f"{old}_*"):
+            path.rename(path.with_name(path.name.replace(old, new)))
+    if len(images(dataset, "imagesUn")) < 6:
+        pytest.skip("the file system folds case")
+    assert "Patient = patient" in only(findings(Level.PROBLEM if folds else Level.WARNING)).finding
+
+
+@pytest.mark.parametrize(("folder", "index"), [("imagesTr", 1), ("imagesUn", 1), ("labelsTr", 0)])
+@pytest.mark.parametrize("what", ["origin", "direction"])
+def test_origin_or_direction_that_differs_within_a_case_is_a_problem(
+    dataset: Path, folder: str, index: int, what: str
+) -> None:
+    path = images(dataset, folder)[index]
+    image = sitk.ReadImage(str(path))
+    if what == "origin":
+        image.SetOrigin([value + 3 for value in image.GetOrigin()])
+    else:
+        image.SetDirection([-value if place < 3 else value for place, value in enumerate(image.GetDirection())])
+    sitk.WriteImage(image, str(path))
+    found = only(findings(Level.PROBLEM))
+    assert f"{what} " in found.finding and f"of {path.name} differs from" in found.finding
+    assert "copy the header" in found.remedy
+
+
+def test_spacings_that_nnunet_takes_for_the_same_are_the_same(dataset: Path) -> None:
+    for folder in ("imagesTr", "imagesUn"):
+        path = images(dataset, folder)[1]
+        image = sitk.ReadImage(str(path))
+        image.SetSpacing([size * (1 + 2e-6) for size in image.GetSpacing()])
+        sitk.WriteImage(image, str(path))
+    assert findings(Level.PROBLEM) == []
+
+
+def test_unlabelled_cases_that_all_lie_otherwise_than_the_labelled_ones_are_a_warning(dataset: Path) -> None:
+    paths = images(dataset, "imagesUn")
+    for path in paths[:-2]:
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "PIR"), str(path))
+    assert findings(Level.WARNING) == []
+    for path in paths[-2:]:
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "PIR"), str(path))
+    assert findings(Level.PROBLEM) == []
+    found = only(findings(Level.WARNING))
+    assert "all unlabelled cases have another orientation (PIR) than the labelled ones" in found.finding
+    assert "reorient" in found.remedy
+
+
+def test_splits_that_cannot_be_used_are_a_problem(dataset: Path, tmp_path: Path) -> None:
+    cases = [path.name.removesuffix(".nii.gz") for path in images(dataset, "labelsTr")]
+    file = tmp_path / "nnUNet_preprocessed" / dataset.name / "splits_final.json"
+    file.parent.mkdir()
+    # a fold without any case is there for its number alone
+    splits = [{"train": [], "val": []}, {"train": cases[1:], "val": cases[:1]}]
+    file.write_text(json.dumps(splits))
+    assert findings(Level.PROBLEM) == []
+    file.write_text(json.dumps([*splits, {"train": cases[:1], "val": ["gone"]}]))
+    assert f"{file} cannot be used: fold 2 names cases" in only(findings(Level.PROBLEM)).finding
 
 
 def test_an_unknown_data_set_is_a_problem(dataset: Path) -> None:

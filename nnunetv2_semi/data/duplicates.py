@@ -13,9 +13,10 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 
 from nnunetv2_semi.data.cached_reading import read_cached
 from nnunetv2_semi.data.file_integrity import check_file_complete
+from nnunetv2_semi.data.grids import Grid, grid_difference, grid_of
 
 HASHES_FILE = "semi_content_hashes.json"
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,20 @@ class ImageContent:
         constant: all voxels are equal, so that the image says nothing about which patient it shows.
         shape: (C, X, Y, Z) as nnU-Net's reader gives it; C is 1 unless the file holds several channels.
         spacing: mm, one per spatial axis in the reader's order.
+        origin, direction: see `nnunetv2_semi.data.grids.Grid`.
     """
 
     digest: str
     constant: bool
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
+    origin: tuple[float, ...] = ()
+    direction: tuple[float, ...] = ()
+
+    @property
+    def grid(self) -> Grid:
+        """Where the voxels lie."""
+        return Grid(self.spacing, self.origin, self.direction)
 
 
 @dataclass(frozen=True)
@@ -47,14 +56,23 @@ class Duplicate:
 
 
 def read_content(path: str, reader_name: str) -> ImageContent:
-    """Read one image file with nnU-Net's reader of that name.
+    """What one image file holds, see `read_file`."""
+    return read_file(path, reader_name)[0]
+
+
+def read_file(path: str, reader_name: str, *, is_label: bool = False) -> tuple[ImageContent, np.ndarray]:
+    """Read one image or label file as nnU-Net does, with its reader of that name.
+
+    Returns:
+        What it holds, and its voxels (C, X, Y, Z), float32.
 
     Raises:
         Exception: whatever the reader or `check_file_complete` raises on a damaged file; ValueError for voxels that are
             not finite.
     """
     check_file_complete(path)
-    voxels, properties = recursive_find_reader_writer_by_name(reader_name)().read_images([path])
+    reader = recursive_find_reader_writer_by_name(reader_name)()
+    voxels, properties = reader.read_seg(path) if is_label else reader.read_images([path])
     voxels = np.ascontiguousarray(voxels, dtype=np.float32)
     low, high = float(voxels.min()), float(voxels.max())
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -62,12 +80,16 @@ def read_content(path: str, reader_name: str) -> ImageContent:
     voxels += 0.0  # minus zero and zero are the same intensity
     hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
     hasher.update(voxels.data)
-    return ImageContent(
+    grid = grid_of(properties)
+    content = ImageContent(
         digest=hasher.hexdigest(),
         constant=low == high,
         shape=tuple(int(size) for size in voxels.shape),
         spacing=tuple(float(size) for size in properties["spacing"]),
+        origin=grid.origin,
+        direction=grid.direction,
     )
+    return content, voxels
 
 
 def image_contents(
@@ -146,14 +168,16 @@ def find_duplicates(
 
 
 def geometry_difference(files: Iterable[str], contents: Mapping[str, ImageContent]) -> str | None:
-    """How the channels of one case differ in shape or spacing; None if they agree (as nnU-Net requires)."""
+    """How the files of one case, channels or a label, differ from the grid of the first; None if they agree."""
     present = [(os.path.basename(file), contents[file]) for file in files if file in contents]
     for name, content in present[1:]:
         first_name, first = present[0]
         if content.shape[1:] != first.shape[1:]:
             return f"shape {list(content.shape[1:])} of {name} differs from {list(first.shape[1:])} of {first_name}"
-        if content.spacing != first.spacing:
-            return f"spacing {list(content.spacing)} of {name} differs from {list(first.spacing)} of {first_name}"
+        different = grid_difference(first.grid, content.grid)
+        if different is not None:
+            here, there = (list(getattr(image.grid, different)) for image in (content, first))
+            return f"{different} {here} of {name} differs from {there} of {first_name}"
     return None
 
 
@@ -164,4 +188,6 @@ def content_from_json(entry: dict) -> ImageContent:
         constant=entry["constant"],
         shape=tuple(entry["shape"]),
         spacing=tuple(entry["spacing"]),
+        origin=tuple(entry["origin"]),
+        direction=tuple(entry["direction"]),
     )

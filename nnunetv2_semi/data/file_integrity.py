@@ -17,10 +17,15 @@ def check_file_complete(path: str) -> None:
     """Refuse a file that is cut off or whose compressed stream is damaged. Reads `.gz` files to their end.
 
     Raises:
+        FileNotFoundError: a link that leads nowhere, or no file.
         OSError, EOFError, zlib.error: damaged or truncated compressed stream, or (OSError) fewer bytes than the header
             of a NIfTI file announces.
         nibabel.filebasedimages.ImageFileError: a NIfTI file without a valid header.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "there is no such file"
+        )
     size = _decompressed_size(path) if path.endswith(".gz") else os.path.getsize(path)
     if not path.endswith((".nii", ".nii.gz")):
         return

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
@@ -25,12 +24,11 @@ from nnunetv2_semi.data.duplicates import (
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
     UNLABELLED_FOLDER,
-    check_labelled_images_have_labels,
     check_names_are_unlabelled,
     list_labelled_cases,
-    list_unlabelled_cases,
     naming_rule,
 )
+from nnunetv2_semi.data.raw_checks import check_case_names, check_not_in_splits
 from nnunetv2_semi.data.resampled_size import size_problem
 from nnunetv2_semi.errors import UserError
 
@@ -55,22 +53,6 @@ def unlabelled_folder(plans_manager: PlansManager, configuration_manager: Config
     return os.path.join(
         nnUNet_preprocessed, plans_manager.dataset_name, configuration_manager.data_identifier + "_unlabeled"
     )
-
-
-def check_case_names(
-    raw_dataset_folder: str, preprocessed_dataset_folder: str, dataset_json: dict
-) -> dict[str, list[str]]:
-    """All checks of a raw data set that need no image to be read. Returns the unlabelled cases (may be none).
-
-    Raises:
-        UserError: images in imagesTr without a label, wrongly named unlabelled cases, or unlabelled cases that are
-            labelled as well (in imagesTr, or named in splits_final.json).
-    """
-    check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
-    unlabelled = list_unlabelled_cases(raw_dataset_folder, dataset_json)
-    check_names_are_unlabelled(unlabelled, list_labelled_cases(raw_dataset_folder, dataset_json), LABELLED_FOLDER)
-    _check_not_in_splits(unlabelled, preprocessed_dataset_folder)
-    return unlabelled
 
 
 def prepare_unlabelled(
@@ -102,9 +84,10 @@ def prepare_unlabelled(
         preprocessor_class: instead of the one that the configuration names.
 
     Raises:
-        UserError: no unlabelled case; the mistakes listed in `check_case_names`; an unlabelled image that is a labelled
-            case under another name; files that hold other channels than their names say; cases that lack channels with
-            a preprocessor that cannot fill them; images that cannot be used (all in one message).
+        UserError: no unlabelled case; the mistakes listed in `nnunetv2_semi.data.raw_checks.check_case_names`; an
+            unlabelled image that is a labelled case under another name; files that hold other channels than their
+            names say; cases that lack channels with a preprocessor that cannot fill them; images that cannot be used
+            (all in one message).
     """
     folder = unlabelled_folder(plans_manager, configuration_manager)
     preprocessed_dataset_folder = os.path.dirname(folder)
@@ -226,19 +209,9 @@ def _cases_without_raw_data(
     if os.path.isdir(labelled_folder):
         names = {os.path.splitext(name)[0] for name in os.listdir(labelled_folder)}
         check_names_are_unlabelled(finished, names, labelled_folder)
-    _check_not_in_splits(finished, os.path.dirname(labelled_folder))
+    check_not_in_splits(finished, os.path.dirname(labelled_folder))
     report(f"The raw data set is not here: using the {len(finished)} preprocessed unlabelled cases in {records.folder}")
     return UnlabelledCases(records.folder, finished)
-
-
-def _check_not_in_splits(unlabelled: Iterable[str], preprocessed_dataset_folder: str) -> None:
-    path = os.path.join(preprocessed_dataset_folder, "splits_final.json")
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        splits = json.load(file)
-    named = {case for split in splits for part in ("train", "val") for case in split.get(part, [])}
-    check_names_are_unlabelled(unlabelled, named, f"{path} (as labelled cases)")
 
 
 def _raw_dataset_folder(dataset_name: str) -> str | None:

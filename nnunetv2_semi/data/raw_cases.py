@@ -14,13 +14,15 @@ from nnunetv2_semi.errors import UserError
 
 UNLABELLED_FOLDER = "imagesUn"
 LABELLED_FOLDER = "imagesTr"
+RESOURCE_FORK = "._"  # begins the names of files that macOS writes beside those it copies
 
 
 def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
     """Unlabelled cases in `imagesUn/`: case name to its channel files, in channel order; cases in alphabetical order.
 
     A case may lack channels: `channels_of_case` tells which it has. An absent or empty folder gives an empty dict.
-    Hidden files and other file endings than dataset.json's are ignored.
+    Hidden files and other file endings than dataset.json's are ignored. Links that lead nowhere are listed: they are
+    images that cannot be read.
 
     Raises:
         UserError: images without a channel number in their name, or channels that dataset.json does not have.
@@ -28,10 +30,7 @@ def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[s
     folder = os.path.join(raw_dataset_folder, UNLABELLED_FOLDER)
     cases, unnumbered = _channels_per_case(folder, dataset_json["file_ending"])
     if unnumbered:
-        raise UserError(
-            f"Images in {folder} have no channel number in their name: {shown(unnumbered)}. Name them "
-            f"{naming_rule(dataset_json)}."
-        )
+        raise UserError(_unnumbered_message(folder, unnumbered, dataset_json))
     _check_no_surplus(folder, cases, dataset_json)
     return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
 
@@ -39,15 +38,70 @@ def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[s
 def list_labelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
     """Labelled cases: case name to its channel files, in channel order; a case may lack channels.
 
-    These are the cases in `imagesTr/`, or those under "dataset" in dataset.json where nnU-Net is told so.
+    These are the cases in `imagesTr/`, or those under "dataset" in dataset.json where nnU-Net is told so. What nnU-Net
+    would take for a case is one, but for what `labelled_file_mistakes` names.
     """
     if "dataset" in dataset_json:
         # nnU-Net rewrites the paths in what it is given
         listed = get_filenames_of_train_images_and_targets(raw_dataset_folder, copy.deepcopy(dataset_json))
         return {case: list(entry["images"]) for case, entry in sorted(listed.items())}
     folder = os.path.join(raw_dataset_folder, LABELLED_FOLDER)
-    cases, _ = _channels_per_case(folder, dataset_json["file_ending"])
+    cases, _ = _channels_per_case(folder, dataset_json["file_ending"], hidden=True)
     return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
+
+
+def list_test_cases(folder: str, dataset_json: dict) -> dict[str, list[str]]:
+    """Cases in a folder of images to predict, as nnU-Net lists them: case name to its channel files, in order."""
+    cases, _ = _channels_per_case(folder, dataset_json["file_ending"], hidden=True)
+    return {case: [channels[index] for index in sorted(channels)] for case, channels in cases.items()}
+
+
+def labelled_file_mistakes(raw_dataset_folder: str, dataset_json: dict) -> list[str]:
+    """What nnU-Net would take for labelled images, or leave out, though it is another thing; with the remedy."""
+    if "dataset" in dataset_json:
+        listed = [file for files in list_labelled_cases(raw_dataset_folder, dataset_json).values() for file in files]
+        absent = [file for file in listed if not os.path.isfile(file)]
+        return [
+            f'{len(absent)} image(s) under "dataset" in dataset.json are not there: {shown(absent)}. Correct their '
+            f"paths, or remove the cases."
+        ] if absent else []
+    folder = os.path.join(raw_dataset_folder, LABELLED_FOLDER)
+    forks = resource_forks(folder, dataset_json["file_ending"])
+    names = [name for name in image_files(folder, dataset_json["file_ending"]) if name not in forks]
+    broken = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    _, unnumbered = _channels_per_case(folder, dataset_json["file_ending"], hidden=True)
+    mistakes = []
+    if forks:
+        mistakes.append(
+            f"{len(forks)} file(s) in {folder} are no images, but nnU-Net reads them as cases: {shown(forks)}. macOS "
+            f"writes such files beside copied ones: remove all files whose names begin with {RESOURCE_FORK}."
+        )
+    if broken:
+        targets = [f"{name} -> {os.readlink(os.path.join(folder, name))}" for name in broken]
+        mistakes.append(
+            f"{len(broken)} image(s) in {folder} are links to files that are not there, which nnU-Net leaves out "
+            f"without a word: {shown(targets)}. Restore these files, or remove the links and their labels."
+        )
+    if unnumbered:
+        mistakes.append(_unnumbered_message(folder, unnumbered, dataset_json))
+    return mistakes
+
+
+def image_files(folder: str, file_ending: str) -> list[str]:
+    """Names of the files in a folder that end so, hidden ones and links that lead nowhere too, in alphabetical order.
+
+    nnU-Net lists the same ones, but for those links.
+    """
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries
+                      if entry.name.endswith(file_ending) and not entry.is_dir())
+
+
+def resource_forks(folder: str, file_ending: str) -> list[str]:
+    """Names of the files that macOS has written beside images that it copied, which nnU-Net takes for images."""
+    return [name for name in image_files(folder, file_ending) if name.startswith(RESOURCE_FORK)]
 
 
 def cases_in(folder: str, file_ending: str) -> set[str]:
@@ -130,13 +184,17 @@ def channel_numbers(files: Sequence[str], file_ending: str) -> list[int] | None:
     return [number for _, number in named]
 
 
-def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[int, str]], list[str]]:
-    """Case name to {channel index: file}, and the image files whose names have no channel number."""
+def _channels_per_case(
+    folder: str, file_ending: str, hidden: bool = False
+) -> tuple[dict[str, dict[int, str]], list[str]]:
+    """Case name to {channel index: file}, and the image files whose names have no channel number.
+
+    hidden: hidden files count, as nnU-Net counts them, but for those that macOS writes beside copied ones.
+    """
     cases: dict[str, dict[int, str]] = {}
     unnumbered: list[str] = []
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    for name in names:
-        if name.startswith(".") or not name.endswith(file_ending):
+    for name in image_files(folder, file_ending):
+        if name.startswith(RESOURCE_FORK if hidden else "."):
             continue
         found = case_and_channel(name, file_ending)
         if found is None:
@@ -145,6 +203,11 @@ def _channels_per_case(folder: str, file_ending: str) -> tuple[dict[str, dict[in
             case, channel = found
             cases.setdefault(case, {})[channel] = os.path.join(folder, name)
     return dict(sorted(cases.items())), unnumbered
+
+
+def _unnumbered_message(folder: str, unnumbered: list[str], dataset_json: dict) -> str:
+    return (f"Images in {folder} have no channel number in their name: {shown(unnumbered)}. Name them "
+            f"{naming_rule(dataset_json)}.")
 
 
 def _check_no_surplus(folder: str, cases: dict[str, dict[int, str]], dataset_json: dict) -> None:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-from nnunetv2.utilities.utils import create_paths_fn, get_identifiers_from_splitted_dataset_folder
 
 from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.case_names import (
+    case_name_mistakes,
+    check_case_names_can_be_told_apart,
+    names_that_differ_in_case_only,
+)
+from nnunetv2_semi.data.dataset_json import dataset_json_mistakes
 from nnunetv2_semi.data.dataset_settings import named_channels, num_channels, read_dataset_settings
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
+    RESOURCE_FORK,
     UNLABELLED_FOLDER,
     channel_numbers,
     check_names_are_unlabelled,
+    labelled_file_mistakes,
     labelled_images_without_label,
     list_labelled_cases,
+    list_test_cases,
     list_unlabelled_cases,
     naming_rule,
+    resource_forks,
 )
+from nnunetv2_semi.data.splits_file import check_splits, read_splits
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.doctor.images import check_images
+from nnunetv2_semi.doctor.preprocessed import plans_of
 from nnunetv2_semi.errors import UserError
 
 TEST_FOLDER = "imagesTs"
-REQUIRED_KEYS = ("channel_names", "labels", "numTraining", "file_ending")
 FOLDS = 5
 
 
@@ -52,15 +62,17 @@ def check_dataset(dataset_name_or_id: str) -> Iterator[Check]:
     if dataset_json is None:
         yield problem(f"{path} is absent or not valid JSON", "write it as nnU-Net's dataset format says")
         return
-    absent = [key for key in REQUIRED_KEYS if key not in dataset_json and not _has_old_name(key, dataset_json)]
-    if absent:
-        yield problem(f"{path} lacks {listed(absent)}", "add what nnU-Net's dataset format asks for")
-        return
+    mistakes = dataset_json_mistakes(dataset_json)
+    for mistake in mistakes:
+        yield problem(f"{path}: {mistake}")
+    if mistakes:
+        return  # which files are images, channels and labels is told by dataset.json alone
     yield ok(f"data set {os.path.basename(folder)} in {os.path.dirname(folder)}")
     yield _check_settings(dataset_json, path)
     layout_checks, cases = _check_layout(folder, dataset_json)
     yield from layout_checks
-    yield from check_images(cases.labelled, cases.unlabelled, cases.test, cases.labels, dataset_json)
+    plans = plans_of(os.path.basename(folder))
+    yield from check_images(cases.labelled, cases.unlabelled, cases.test, cases.labels, dataset_json, plans)
 
 
 def _raw_folder(dataset_name_or_id: str) -> str:
@@ -75,10 +87,6 @@ def _raw_folder(dataset_name_or_id: str) -> str:
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
     return folder
-
-
-def _has_old_name(key: str, dataset_json: Mapping[str, object]) -> bool:
-    return key == "channel_names" and "modality" in dataset_json
 
 
 def _check_settings(dataset_json: dict, path: str) -> Check:
@@ -96,38 +104,64 @@ def _check_settings(dataset_json: dict, path: str) -> Check:
 def _check_layout(folder: str, dataset_json: dict) -> tuple[list[Check], RawCases]:
     """Checks that need file names alone, and the cases found."""
     checks: list[Check] = []
-    labelled = _listed_labelled(folder, dataset_json)
-    test = _cases_as_nnunet_lists_them(os.path.join(folder, TEST_FOLDER), dataset_json)
+    checks += [problem(mistake) for mistake in labelled_file_mistakes(folder, dataset_json)]
+    labelled = {case: [file for file in files if os.path.isfile(file)]
+                for case, files in list_labelled_cases(folder, dataset_json).items()}
+    labelled = {case: files for case, files in labelled.items() if files}  # the others have just been named
+    test = list_test_cases(os.path.join(folder, TEST_FOLDER), dataset_json)
     try:
         unlabelled = list_unlabelled_cases(folder, dataset_json)
     except UserError as error:
         checks.append(problem(str(error)))
         unlabelled = _without_surplus(
-            _cases_as_nnunet_lists_them(os.path.join(folder, UNLABELLED_FOLDER), dataset_json), dataset_json
+            list_test_cases(os.path.join(folder, UNLABELLED_FOLDER), dataset_json), dataset_json
         )
-    without_label = labelled_images_without_label(folder, dataset_json) if labelled else []
+    for cases, where in ((labelled, LABELLED_FOLDER), (unlabelled, UNLABELLED_FOLDER)):
+        checks += _check_names(cases, where, os.path.basename(folder), dataset_json)
+    without_label = [case for case in labelled_images_without_label(folder, dataset_json) if case in labelled]
     with_label = [case for case in labelled if case not in without_label]
     checks += _check_labelled(folder, dataset_json, with_label, without_label)
     checks += _check_unlabelled(folder, dataset_json, labelled, unlabelled)
+    checks += _check_splits(os.path.basename(folder), with_label)
     checks.append(ok(f"{len(test)} test cases in {TEST_FOLDER}"))
+    if forks := resource_forks(os.path.join(folder, TEST_FOLDER), dataset_json["file_ending"]):
+        checks.append(warning(
+            f"{len(forks)} file(s) in {TEST_FOLDER} are no images, but nnU-Net reads them as cases: {listed(forks)}",
+            f"remove all files whose names begin with {RESOURCE_FORK}, which macOS writes beside copied ones",
+        ))
     labels = {case: _label_file(folder, dataset_json, case) for case in with_label}
     return checks, RawCases(labelled, unlabelled, test, labels)
 
 
-def _listed_labelled(folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    if "dataset" not in dataset_json and not os.path.isdir(os.path.join(folder, LABELLED_FOLDER)):
-        return {}
-    return list_labelled_cases(folder, dataset_json)
+def _check_names(cases: Iterable[str], where: str, dataset_name: str, dataset_json: dict) -> Iterator[Check]:
+    names = list(cases)
+    for mistake in case_name_mistakes(names, dataset_json["file_ending"], where):
+        yield problem(mistake)
+    preprocessed = os.path.join(os.environ.get("nnUNet_preprocessed", ""), dataset_name)
+    try:
+        check_case_names_can_be_told_apart(names, preprocessed, where)
+    except UserError as error:
+        yield problem(str(error))
+        return
+    if same := names_that_differ_in_case_only(names):
+        yield warning(
+            f"{len(same)} case name(s) in {where} differ only in upper and lower case: {listed(same)}",
+            "rename all but one of each: on most computers with Windows or macOS they are the same file",
+        )
 
 
-def _cases_as_nnunet_lists_them(folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    if not os.path.isdir(folder):
-        return {}
-    ending = dataset_json["file_ending"]
-    files = sorted(name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith("."))
-    names = [str(name) for name in get_identifiers_from_splitted_dataset_folder(folder, ending)]
-    cases = {name: list(create_paths_fn(folder, files, ending, name)) for name in names}
-    return {name: paths for name, paths in cases.items() if paths}
+def _check_splits(dataset_name: str, labelled: Iterable[str]) -> Iterator[Check]:
+    """Of the folds that nnU-Net would take from splits_final.json; a fold without any case is not meant for use."""
+    path = os.path.join(os.environ.get("nnUNet_preprocessed", ""), dataset_name, "splits_final.json")
+    if not os.path.isfile(path):
+        return
+    try:
+        folds = {fold: split for fold, split in enumerate(read_splits(path)) if any(split.values())}
+        check_splits(folds, list(labelled), path, LABELLED_FOLDER)
+    except UserError as error:
+        yield problem(str(error))
+        return
+    yield ok(f"{path} names cases that are there, in {len(folds)} folds")
 
 
 def _without_surplus(cases: dict[str, list[str]], dataset_json: dict) -> dict[str, list[str]]:

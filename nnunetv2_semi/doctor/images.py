@@ -6,26 +6,27 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.imageio.reader_writer_registry import (
-    determine_reader_writer_from_dataset_json,
-    recursive_find_reader_writer_by_name,
-)
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunetv2_semi.data.duplicates import Duplicate, ImageContent, find_duplicates, geometry_difference, read_content
+from nnunetv2_semi.data.cached_reading import companion_files
+from nnunetv2_semi.data.duplicates import Duplicate, ImageContent, find_duplicates, geometry_difference, read_file
+from nnunetv2_semi.data.grids import orientation
+from nnunetv2_semi.data.label_files import label_mistake
 from nnunetv2_semi.doctor.channels import check_channels
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
+from nnunetv2_semi.doctor.preprocessed import Plan, check_intensities, check_preprocessed, check_sizes
 from nnunetv2_semi.errors import one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
 
 # Starting a process costs about as much as reading this many small files.
 _FILES_PER_PROCESS = 16
-_SPACING_TOLERANCE = 1e-4
+_VOXELS_FOR_MEDIAN = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,29 @@ class FileReport:
         content: None if the file cannot be read.
         reason: why it cannot be read; "" if it can.
         values: different voxel values of a label file; () for an image.
+        intensities: lowest, about the median, and highest of an image; () for a label.
     """
 
     content: ImageContent | None
     reason: str = ""
     values: tuple[float, ...] = ()
+    intensities: tuple[float, ...] = ()
 
 
 Cases = Mapping[str, list[str]]
 
 
 def check_images(
-    labelled: Cases, unlabelled: Cases, test: Cases, labels: Mapping[str, str], dataset_json: dict
+    labelled: Cases, unlabelled: Cases, test: Cases, labels: Mapping[str, str], dataset_json: dict,
+    plans: Mapping[str, Plan],
 ) -> Iterator[Check]:
-    """Decode every file, then check channels, geometry, label values and duplicates.
+    """Decode every file; check channels, geometry, label values, duplicates, intensities, sizes and preprocessed cases.
 
     Args:
         labelled: case name to its image files in channel order; `unlabelled` and `test` likewise.
         labels: label file of each labelled case.
         dataset_json: content of dataset.json.
+        plans: of the data set, see `plans_of`.
     """
     images = [file for group in (labelled, unlabelled, test) for files in group.values() for file in files]
     files = [*images, *labels.values()]
@@ -70,18 +75,28 @@ def check_images(
     contents = {file: report.content for file, report in reports.items() if report.content is not None}
     yield from check_channels({"labelled": labelled, "unlabelled": unlabelled, "test": test}, contents, dataset_json)
     yield from _check_geometry({**labelled, **unlabelled}, labels, contents)
+    yield from _check_orientations(labelled, unlabelled, contents)
     yield from _check_label_values(labels, reports, dataset_json)
     yield from _check_duplicates(labelled, unlabelled, test, contents)
+    intensities = {file: report.intensities for file, report in reports.items() if report.intensities}
+    yield from check_intensities(labelled, unlabelled, intensities, dataset_json)
+    yield from check_sizes(plans, labelled, unlabelled, contents)
+    values = {file: reports[file].values for file in labels.values()}
+    yield from check_preprocessed(plans, contents, labels, values, dataset_json)
 
 
 def inspect_file(path: str, reader_name: str, label_files: frozenset[str]) -> FileReport:
     """Decode one file to its end; never raises for a damaged file."""
     try:
-        content = read_content(path, reader_name)
-        if path not in label_files:
-            return FileReport(content)
-        segmentation, _ = recursive_find_reader_writer_by_name(reader_name)().read_seg(path)
-        return FileReport(content, values=tuple(float(value) for value in np.unique(segmentation)))
+        is_label = path in label_files
+        with contextlib.redirect_stdout(io.StringIO()):  # a reader of TIFF files prints a line for each
+            content, voxels = read_file(path, reader_name, is_label=is_label)
+        if is_label and reader_name == "Tiff3DIO" and not companion_files(path):
+            content = replace(content, spacing=())  # the reader's 1 mm is a guess
+        if is_label:
+            return FileReport(content, values=tuple(sorted(pd.unique(voxels.ravel()).tolist())))
+        median = float(np.median(voxels.ravel()[::max(1, voxels.size // _VOXELS_FOR_MEDIAN)]))
+        return FileReport(content, intensities=(float(voxels.min()), median, float(voxels.max())))
     except MemoryError:
         raise
     except EOFError as error:
@@ -124,43 +139,54 @@ def _check_readable(files: list[str], reports: Mapping[str, FileReport], test_fi
 def _check_geometry(cases: Cases, labels: Mapping[str, str], contents: Mapping[str, ImageContent]) -> Iterator[Check]:
     differing = []
     for case, files in cases.items():
-        difference = geometry_difference(files, contents) or _label_difference(files[0], labels.get(case), contents)
+        difference = geometry_difference([*files, *([labels[case]] if case in labels else [])], contents)
         if difference:
             differing.append(f"{case}: {difference}")
     if differing:
         yield problem(
             f"{len(differing)} cases have channels or labels that do not fit together: {listed(differing)}",
-            "resample them to one grid per case, or remove these cases",
+            "resample them to one grid per case (if the voxels do fit, copy the header of the first channel), or "
+            "remove these cases",
         )
     else:
-        yield ok("shape and spacing agree within each case")
+        yield ok("shape, spacing, origin and direction agree within each case")
+    unknown = [
+        case for case, label in labels.items()
+        if label in contents and not contents[label].spacing and companion_files(cases[case][0])
+    ]
+    if unknown:
+        yield warning(
+            f"{len(unknown)} TIFF labels have no .json file with their spacing: {listed(unknown)}; trainings do not "
+            "need it, but nnU-Net's --verify_dataset_integrity fails",
+            "copy the .json files of their images to labelsTr",
+        )
 
 
-def _label_difference(image: str, label: str | None, contents: Mapping[str, ImageContent]) -> str | None:
-    if label is None or label not in contents or image not in contents:
-        return None
-    first, second = contents[image], contents[label]
-    if first.shape[1:] != second.shape[1:]:
-        return f"shape {list(second.shape[1:])} of the label differs from {list(first.shape[1:])} of the image"
-    # nnU-Net compares label and image with a tolerance, but channels exactly.
-    if not np.allclose(first.spacing, second.spacing, rtol=_SPACING_TOLERANCE):
-        return f"spacing {list(second.spacing)} of the label differs from {list(first.spacing)} of the image"
-    return None
+def _check_orientations(labelled: Cases, unlabelled: Cases, contents: Mapping[str, ImageContent]) -> Iterator[Check]:
+    """Whether any unlabelled case lies as some labelled case does; nnU-Net's usual readers turn no image."""
+    here, there = (
+        {orientation(contents[files[0]].grid) for files in cases.values() if files[0] in contents} - {""}
+        for cases in (labelled, unlabelled)
+    )
+    if here and there and not here & there:
+        yield warning(
+            f"all unlabelled cases have another orientation ({listed(sorted(there))}) than the labelled ones "
+            f"({listed(sorted(here))}), and nnU-Net trains on voxels as they lie in the file",
+            "reorient the images in imagesUn as those in imagesTr, or all to RAS",
+        )
 
 
 def _check_label_values(
     labels: Mapping[str, str], reports: Mapping[str, FileReport], dataset_json: dict
 ) -> Iterator[Check]:
-    manager = LabelManager(dataset_json["labels"], regions_class_order=dataset_json.get("regions_class_order"))
-    expected = set(manager.all_labels) | ({manager.ignore_label} if manager.has_ignore_label else set())
-    unknown = []
+    wrong = []
     for case, file in labels.items():
-        values = sorted(set(reports[file].values) - expected)
-        if values:
-            unknown.append(f"{case} ({listed(f'{value:g}' for value in values)})")
-    if unknown:
+        content = reports[file].content
+        mistake = None if content is None else label_mistake(content.shape[0], reports[file].values, dataset_json)
+        wrong += [f"{case} ({mistake})"] if mistake else []
+    if wrong:
         yield problem(
-            f"{len(unknown)} labels have values that dataset.json does not name: {listed(unknown)}",
+            f"{len(wrong)} labels are no labels of this data set: {listed(wrong)}",
             'correct the label files, or add the values to "labels" in dataset.json',
         )
     elif labels:

@@ -1,4 +1,4 @@
-"""Splits of data sets with fewer labelled cases than nnU-Net has folds."""
+"""The fold's split: whether it can be trained, and splits of fewer labelled cases than nnU-Net has folds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.splits_file import check_splits, read_splits
 from nnunetv2_semi.errors import UserError
 
 NNUNET_FOLDS = 5
+
+
+def prepare_split(trainer: nnUNetTrainer) -> None:
+    """Check the fold's part of splits_final.json, see `check_splits`, or write the file for few cases.
+
+    Raises:
+        UserError: see `check_splits` and `write_small_split`.
+    """
+    path = _splits_file(trainer)
+    if trainer.fold == "all":
+        return
+    if not os.path.isfile(path):
+        write_small_split(trainer)
+        return
+    splits, folder = read_splits(path), trainer.preprocessed_dataset_folder
+    if trainer.fold < len(splits):
+        cases = infer_dataset_class(folder).get_identifiers(folder)
+        check_splits({trainer.fold: splits[trainer.fold]}, cases, path, folder)
 
 
 def write_small_split(trainer: nnUNetTrainer) -> None:
@@ -19,7 +38,7 @@ def write_small_split(trainer: nnUNetTrainer) -> None:
 
     Does nothing where a split exists or fold is "all". Raises UserError for a fold that the cases do not make.
     """
-    path = os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
+    path = _splits_file(trainer)
     if trainer.fold == "all" or os.path.isfile(path):
         return
     folder = trainer.preprocessed_dataset_folder
@@ -31,3 +50,7 @@ def write_small_split(trainer: nnUNetTrainer) -> None:
                         f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
     trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
     write_json_whole(path, compat.crossval_split(cases, len(cases)))
+
+
+def _splits_file(trainer: nnUNetTrainer) -> str:
+    return os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import whole_file
+from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
 from nnunetv2_semi.distributed import on_first_process
 from nnunetv2_semi.methods.settings import Settings, settings_from_plan
 from nnunetv2_semi.training import batches, splits
@@ -26,6 +27,7 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
+        check_dataset_json(dataset_json, preprocessed_dataset_json(plans["dataset_name"]))
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = settings_from_plan(Settings, self.configuration_manager.configuration.get("semi", {}), "Stock")
         compat.take_over_settings(self, self.settings)
@@ -45,7 +47,7 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
         return optimizer, schedule
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        splits.write_small_split(self)
+        splits.prepare_split(self)
         return super().do_split()
 
     def on_train_start(self) -> None:

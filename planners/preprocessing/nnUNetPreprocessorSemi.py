@@ -8,12 +8,13 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.case_channels import channels_by_name, lacking_warning
+from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.labelled_checks import check_labels_before_preprocessing
-from nnunetv2_semi.data.preprocessing import check_case_names, prepare_unlabelled
+from nnunetv2_semi.data.preprocessing import prepare_unlabelled
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.data.raw_checks import check_case_names
 from nnunetv2_semi.errors import UserError
 
 
@@ -42,9 +43,9 @@ class nnUNetPreprocessorSemi(FillingPreprocessor):
         raw_dataset_folder = os.path.join(nnUNet_raw, dataset_name)
         preprocessed_dataset_folder = os.path.join(nnUNet_preprocessed, dataset_name)
         dataset_json_file = os.path.join(preprocessed_dataset_folder, "dataset.json")
-        dataset_json = read_json_object(dataset_json_file)
-        if dataset_json is None:
+        if not os.path.isfile(dataset_json_file):
             raise UserError(f"{dataset_json_file} is missing. Plan the data set first (nnUNetv2_plan_experiment).")
+        dataset_json = read_dataset_json(dataset_json_file)
         plans_manager = PlansManager(os.path.join(preprocessed_dataset_folder, plans_identifier + ".json"))
         # cheap checks first: labelled cases may take hours
         unlabelled = check_case_names(raw_dataset_folder, preprocessed_dataset_folder, dataset_json)

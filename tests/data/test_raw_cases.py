@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import pytest
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi.data.raw_cases import (
     channel_numbers,
     check_labelled_images_have_labels,
     check_names_are_unlabelled,
+    labelled_file_mistakes,
     labelled_images_without_label,
     list_labelled_cases,
+    list_test_cases,
     list_unlabelled_cases,
 )
 from nnunetv2_semi.errors import UserError
@@ -54,6 +57,33 @@ def test_a_channel_that_the_data_set_does_not_have_is_named(tmp_path):
     touch(tmp_path / "imagesUn", "a_0000.nii.gz", "a_0001.nii.gz", "a_0002.nii.gz")
     with pytest.raises(UserError, match=r"a_0002\.nii\.gz"):
         list_unlabelled_cases(str(tmp_path), TWO_CHANNELS)
+
+
+def test_labelled_cases_are_those_that_nnunet_lists(tmp_path):
+    touch(tmp_path / "imagesTr", "b_0001.nii.gz", "b_0000.nii.gz", ".a_0000.nii.gz", "a_x_0000.nii.gz", "a.json")
+    (tmp_path / "imagesTr" / "folder_0000.nii.gz").mkdir()
+    expected = get_filenames_of_train_images_and_targets(str(tmp_path), TWO_CHANNELS)
+    found = list_labelled_cases(str(tmp_path), TWO_CHANNELS)
+    assert found == {str(case): entry["images"] for case, entry in expected.items()}
+    assert found == list_test_cases(str(tmp_path / "imagesTr"), TWO_CHANNELS)
+    assert labelled_file_mistakes(str(tmp_path), TWO_CHANNELS) == []
+
+
+def test_what_nnunet_takes_for_a_labelled_image_or_leaves_out_is_named(tmp_path):
+    touch(tmp_path / "imagesTr", "a_0000.nii.gz", "._a_0000.nii.gz", "scan.nii.gz")
+    (tmp_path / "imagesTr" / "b_0000.nii.gz").symlink_to(tmp_path / "archive" / "b.nii.gz")
+    forks, broken, unnumbered = labelled_file_mistakes(str(tmp_path), TWO_CHANNELS)
+    assert "no images, but nnU-Net reads them as cases: ._a_0000.nii.gz. macOS" in forks
+    assert f"b_0000.nii.gz -> {tmp_path}/archive/b.nii.gz. Restore" in broken and "leaves out" in broken
+    assert "no channel number in their name: scan.nii.gz. Name them CASE_0000.nii.gz" in unnumbered
+    assert list(list_labelled_cases(str(tmp_path), TWO_CHANNELS)) == ["a", "b"]
+
+
+def test_listed_images_that_are_not_there_are_named(tmp_path):
+    touch(tmp_path, "x_label.nii.gz")
+    entries = {"x": {"images": ["x_0000.nii.gz"], "label": "x_label.nii.gz"}}
+    mistake, = labelled_file_mistakes(str(tmp_path), dict(TWO_CHANNELS, dataset=entries))
+    assert f'1 image(s) under "dataset" in dataset.json are not there: {tmp_path}/x_0000.nii.gz. Correct' in mistake
 
 
 def test_labelled_images_without_label_are_named_and_sent_to_imagesUn(tmp_path):

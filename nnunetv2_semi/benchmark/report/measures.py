@@ -24,6 +24,7 @@ from nnunetv2.imageio.reader_writer_registry import (
 
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.grids import grid_difference, grid_of
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
 
@@ -32,8 +33,6 @@ HIGHER_IS_BETTER = {"dice": True, "jaccard": True, "hd95_mm": False, "asd_mm": F
 COLUMNS = ("dataset", "group", "labelled", "method", "role", "seed", "fold", "case", "label", *METRICS,
            "truth_empty", "prediction_empty")  # fmt: skip
 LABEL_MEAN = "mean over labels"
-# Headers hold 32-bit floats, and files converted by other tools differ in the last digits.
-GEOMETRY_TOLERANCE = 1e-3
 
 
 class CaseFiles(NamedTuple):
@@ -236,7 +235,7 @@ def _rows_of_case(
     (truth, spacing, truth_properties), (prediction, _, properties) = maps
     if truth.shape != prediction.shape:
         return [], f"{case.prediction} has {prediction.shape} voxels, its truth {truth.shape}"
-    if not _same_grid(truth_properties, properties):
+    if grid_difference(grid_of(truth_properties), grid_of(properties)) is not None:
         return [], f"{case.prediction} has another spacing, origin or direction than {case.truth}"
     content = read_dataset_json(run.dataset_json)
     ignore = content["labels"].get("ignore")
@@ -255,16 +254,6 @@ def _rows_of_case(
         masks = [np.isin(label_map, values) & used for label_map in (truth, prediction)]
         rows.append({**described, "label": name, **measures_of_masks(masks[0], masks[1], spacing, tolerance_mm)})
     return rows, None
-
-
-def _same_grid(truth: dict, prediction: dict) -> bool:
-    """Whether origin, spacing and direction agree, as far as the reader gives them."""
-    for key in ("sitk_stuff", "nibabel_stuff"):
-        for name, value in truth.get(key, {}).items():
-            other = np.asarray(prediction[key][name])
-            if other.shape != np.shape(value) or not np.allclose(value, other, rtol=0, atol=GEOMETRY_TOLERANCE):
-                return False
-    return True
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
