@@ -44,7 +44,7 @@ class ConventionalAndFoundation(Deployed):
             return self.foundation.at_patch_grid(own, image.shape[2:])
         each = [[*all_scales(conventional)],
                 [self.foundation.at_patch_grid(own, scale.shape[2:]) for scale in all_scales(conventional)]]
-        voting = torch.ones(len(image), 2, dtype=torch.bool, device=image.device)
+        voting = torch.ones(image.shape[0], 2, dtype=torch.bool, device=image.device)
         scales = each[1] if self.deploy == "foundation" else mean_at_all_scales(each, self.regions, voting)
         return scales[0] if isinstance(conventional, torch.Tensor) else scales
 

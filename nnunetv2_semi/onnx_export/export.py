@@ -146,7 +146,12 @@ def _export_one(model: _Model, name: str, folder: str, patches: Sequence[np.ndar
     for fold in model.weights:
         network, files[fold] = model.of_fold(fold, name), f"fold_{fold}.onnx"
         with whole_file(os.path.join(folder, files[fold])) as unfinished:
-            write_graph(network, compared[0].shape[1:], unfinished)
+            try:
+                write_graph(network, compared[0].shape[1:], unfinished)
+            except UserError as error:
+                others = f" Of the networks within it ask for one: --modality {next(iter(model.parts))}." \
+                    if model.parts and not name else ""
+                raise UserError(f"{error}{others}") from error
             difference, largest = differences[fold] = largest_difference(network, unfinished, compared)
             if not difference <= tolerance * max(1.0, largest):
                 raise UserError(

@@ -35,9 +35,8 @@ def require_onnx() -> None:
 def write_graph(network: nn.Module, image_shape: Sequence[int], file: str) -> None:
     """Write ``network`` as an ONNX file of fixed patch size, any batch size.
 
-    It is made by PyTorch's TorchScript exporter: the one that every PyTorch from 2.1 on has, and that writes
-    InstanceNorm as InstanceNormalization in all of them. The other one (``dynamo=True``) used to write a
-    BatchNormalization in training mode, which ONNX Runtime has no CUDA kernel for.
+    It is made by PyTorch's TorchScript exporter, which works from PyTorch 2.1 on and writes InstanceNorm as
+    InstanceNormalization. The other one (``dynamo=True``) fails in 2.1, and in 2.14 takes -0 for 0 in torch.signbit.
 
     Args:
         network: (B, C, *patch) -> logits (B, K, *patch), in evaluation mode, on the CPU.

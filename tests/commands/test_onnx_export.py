@@ -24,6 +24,8 @@ from nnunetv2_semi import cli
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
+from nnunetv2_semi.networks.conventional_and_foundation import ConventionalAndFoundation
+from nnunetv2_semi.networks.modality_branches import ModalityBranches
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -34,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINERS = "nnunetv2.training.nnUNetTrainer.semi"
 OURS = sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(TRAINERS).__path__))
 STOCK = "nnUNetTrainer"
-CML, MASS, SUPERVISED = "nnUNetTrainerSemiCML", "nnUNetTrainerSemiMASS", "nnUNetTrainerSemiSupervised"
+CML, MASS, FUSION = "nnUNetTrainerSemiCML", "nnUNetTrainerSemiMASS", "nnUNetTrainerSemiFusion"
+SUPERVISED = "nnUNetTrainerSemiSupervised"
 MODALITIES = {"T1": [0], "T2": [1]}
 INTENSITIES = {"mean": 260.0, "std": 200.0, "percentile_00_5": 10.0, "percentile_99_5": 700.0}
 
@@ -171,7 +174,8 @@ def test_logits_of_every_trainers_network_are_pytorchs(model, tmp_path, trainer,
         assert (onnx_logits(tmp_path / "out" / "fold_0.onnx", images) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("trainer, regions", [(CML, False), (CML, True), (MASS, False), (MASS, True)])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("trainer", [name for name in (CML, MASS, FUSION) if name in OURS])
 def test_a_network_goes_without_a_modality_as_in_pytorch(model, tmp_path, trainer, regions):
     labels = {"background": 0, "all": [1, 2], "lesion": 2} if regions else {"background": 0, "organ": 1}
     dataset_json = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz",
@@ -311,6 +315,26 @@ def test_an_operator_without_a_counterpart_is_named(tmp_path):
             return torch.special.i0(image)
     with pytest.raises(UserError, match="cannot export Special as ONNX.*i0"):
         graph.write_graph(Special(), (1, 4, 4), str(tmp_path / "out.onnx"))
+
+
+def test_where_the_whole_cannot_be_exported_the_networks_within_it_are_named(model, tmp_path, monkeypatch, capsys):
+    folder = model(CML)
+    monkeypatch.setattr(ModalityBranches, "forward", lambda self, image: torch.special.i0(image))
+    assert cli.main(["export", "--onnx", "-m", str(folder), "-o", str(tmp_path / "out")]) == 1
+    assert "ask for one: --modality T1" in capsys.readouterr().err
+    assert exported(folder, tmp_path / "t1", "--modality", "T1")["networks"] == {"0": "fold_0.onnx"}
+
+
+@pytest.mark.parametrize("deploy", ["foundation", "ensemble"])
+def test_a_network_and_its_foundation_of_any_batch(tmp_path, deploy):
+    class Foundation(nn.Conv2d):
+        def at_patch_grid(self, logits: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+            return nn.functional.interpolate(logits, size, mode="bilinear")
+    network = ConventionalAndFoundation(nn.Conv2d(1, 3, 3, 1, 1), Foundation(1, 3, 2, 2), deploy, False).eval()
+    file = str(tmp_path / "both.onnx")
+    graph.write_graph(network, (1, 8, 8), file)
+    images = [np.random.default_rng(0).random((batch, 1, 8, 8), dtype=np.float32) for batch in (1, 3)]
+    assert graph.largest_difference(network, file, images)[0] <= 1e-5
 
 
 def test_without_the_packages_the_extra_is_named(model, tmp_path, monkeypatch, capsys):
