@@ -89,6 +89,7 @@ def test_a_smaller_student_is_trained_compared_and_left_alone_afterwards(
     assert cli.main(CALL) == 0
     text = capsys.readouterr().out
     assert {file: file.read_bytes() for file in before} == before
+    assert "perform_everything_on_device" not in text
     ending = f"SemiCML_{PLANS}_3d_fullres_fold_0"
     model, teacher = student(here, ending), results / DATASET / f"{TEACHER}__{PLANS}__3d_fullres"
     own = json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["semi"]

@@ -75,9 +75,9 @@ class _TimedPredictor:
 
     def __init__(self, model: TrainedModel, device: str, mirroring: bool) -> None:
         on_device = device == "cuda"
-        self._predictor = nnUNetPredictor(use_mirroring=mirroring, perform_everything_on_device=on_device,
-                                          device=torch.device(device), allow_tqdm=False)
         with _silent():
+            self._predictor = nnUNetPredictor(use_mirroring=mirroring, perform_everything_on_device=on_device,
+                                              device=torch.device(device), allow_tqdm=False)
             self._predictor.initialize_from_trained_model_folder(str(model.folder), model.folds, model.checkpoint_name)
         own = sum(parameter.numel() for parameter in self._predictor.network.parameters())
         self.parameters = own * len(model.folds)
