@@ -10,7 +10,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_semi.data.label_files import check_label_files, read_labels
 from nnunetv2_semi.data.labelled_comparison import Comparison, compare_with_raw, labelled_folder, names_preprocessed
-from nnunetv2_semi.data.raw_cases import check_labelled_images_have_labels, shown
+from nnunetv2_semi.data.raw_cases import shown
+from nnunetv2_semi.data.raw_checks import check_labelled_case_names
 from nnunetv2_semi.errors import UserError
 
 
@@ -36,7 +37,8 @@ def check_labelled_cases(
         show_progress_bar: of reading and comparing.
 
     Raises:
-        UserError: no preprocessed case; cases that differ; images without label; see `check_label_files`.
+        UserError: no preprocessed case; cases that differ; the mistakes listed in `check_labelled_case_names`; see
+            `check_label_files`.
     """
     folder = labelled_folder(plans_manager, configuration_manager)
     command = preprocessing_command(plans_manager, configuration_manager)
@@ -45,7 +47,7 @@ def check_labelled_cases(
     if not nnUNet_raw.is_set() or not os.path.isdir(os.path.join(nnUNet_raw, plans_manager.dataset_name)):
         return
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
-    check_labelled_images_have_labels(raw_dataset_folder, dataset_json)
+    check_labelled_case_names(raw_dataset_folder, os.path.dirname(folder), dataset_json)
     labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
     check_label_files(labels, dataset_json)
     found = compare_with_raw(

@@ -24,6 +24,7 @@ from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, stored_image_problem
 from nnunetv2_semi.data.dataset_settings import num_channels
 from nnunetv2_semi.data.duplicates import HASHES_FILE, ImageContent, image_contents
+from nnunetv2_semi.data.grids import same_spacing
 from nnunetv2_semi.data.label_files import LabelContent, Labels, read_labels
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.errors import UserError, one_line
@@ -31,7 +32,6 @@ from nnunetv2_semi.processes.pool import results_in_parallel
 
 _RECORD_VERSION = 1
 _TOLERANCE = 1e-3  # of normalised intensities: other versions of the same libraries round otherwise
-_SPACING_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _header_difference(job: PreprocessingJob, case: str, images: Sequence[ImageC
     if before != shape:
         return f"its size was {list(before)} voxels when it was preprocessed, and is {list(shape)} now"
     spacing = [float(size) for size in properties["spacing"]]
-    if not np.allclose(spacing, images[0].spacing, rtol=_SPACING_TOLERANCE):
+    if not same_spacing(spacing, images[0].spacing):
         return f"its voxel size was {spacing} mm when it was preprocessed, and is {list(images[0].spacing)} mm now"
     return None
 

@@ -134,6 +134,8 @@ def prepare_unlabelled(
     unusable |= {case: f"{', '.join(readable[case])} ({problem})" for case, problem in no_images.items()}
 
     reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
+    reasons += [f"labelled case {case} ({difference})" for case, files in labelled.items()
+                if (difference := geometry_difference(files, contents)) is not None]
     reasons += list(unusable.values())
     _refuse_or_report_unusable(reasons, skip_unreadable, report)
     if len(unusable) == len(cases):

@@ -205,6 +205,14 @@ def test_a_call_that_names_no_model_is_refused(tmp_path, monkeypatch, capsys, ar
     assert message in capsys.readouterr().err
 
 
+def test_mistakes_in_dataset_json_are_named(model, tmp_path):
+    folder, _ = model(CML)
+    content = {("modality" if key == "channel_names" else key): value for key, value in DATASET_JSON.items()}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r'dataset\.json is not as.*"modality" is the old name of "channel_names"'):
+        export_model(str(folder), str(tmp_path / "out"))
+
+
 def test_it_never_writes_over_something(model, tmp_path, capsys):
     folder, _ = model(CML)
     (tmp_path / "full").mkdir()

@@ -78,12 +78,14 @@ def test_channels_whose_spacing_nnunet_takes_for_the_same_are_preprocessed(tiny)
 
 
 @pytest.mark.parametrize("what", ["origin", "direction"])
-def test_channels_that_lie_elsewhere_are_refused(tiny, what):
-    image = sitk.ReadImage(str(unlabelled_file(tiny, 1)))
+@pytest.mark.parametrize("case", ["imagesTr/lab_a", "imagesUn/un_b"])
+def test_channels_that_lie_elsewhere_are_refused(tiny, what, case):
+    path, name = str(tiny.raw_folder / f"{case}_0001.nii.gz"), case.split("/")[1]
+    image = sitk.ReadImage(path)
     if what == "origin":
         image.SetOrigin((0.0, 0.0, 7.0))
     else:
         image.SetDirection(np.diag([-1.0, 1.0, 1.0]).ravel().tolist())
-    sitk.WriteImage(image, str(unlabelled_file(tiny, 1)))
-    with pytest.raises(UserError, match=rf"un_b \({what} .* of un_b_0001\.nii\.gz differs from .* of un_b_0000"):
+    sitk.WriteImage(image, path)
+    with pytest.raises(UserError, match=rf"{name} \({what} .* of {name}_0001\.nii\.gz differs from .* of {name}_0000"):
         prepare(tiny, report=lambda line: None)

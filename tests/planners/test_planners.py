@@ -141,6 +141,23 @@ def test_mistakes_are_found_before_planning(raw_dataset):
             planner_or_extractor(DATASET)
 
 
+@pytest.mark.parametrize("class_to_make", [nnUNetPlannerSemi, nnUNetPlannerSemiCPU, nnUNetFingerprintExtractorSemi])
+def test_names_files_and_dataset_json_are_checked_before_planning(raw_dataset, write_case, class_to_make):
+    folder = raw_dataset()
+    class_to_make(DATASET)
+    (folder / "imagesTr" / "._lab_0_0000.nii.gz").touch()
+    with pytest.raises(UserError, match=r"reads them as cases: \._lab_0_0000\.nii\.gz"):
+        class_to_make(DATASET)
+    (folder / "imagesTr" / "._lab_0_0000.nii.gz").unlink()
+    write_case(folder, "imagesUn", "un_seg", (24, 28, 20), 7)
+    with pytest.raises(UserError, match="in imagesUn end with _seg: un_seg"):
+        class_to_make(DATASET)
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {"0": "background", "1": "organ"}}))
+    with pytest.raises(UserError, match=r'dataset\.json is not as.*it should be {"background": 0, "organ": 1}'):
+        class_to_make(DATASET)
+
+
 def test_unlabelled_shapes_and_spacings_enter_the_plan_only_if_asked_for(raw_dataset, tmp_path, write_case):
     folder = raw_dataset(shape=(22, 28, 20), semi={"plan_with_unlabelled": False})
     for index in range(3):

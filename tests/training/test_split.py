@@ -1,0 +1,74 @@
+"""What is wrong with dataset.json, names or the split ends before training, with a message."""
+
+import json
+import shutil
+
+import pytest
+
+from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.training import batches
+
+TRAINERS = ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiStock"]
+
+
+@pytest.fixture
+def workspace(phantom_workspace, tools, tmp_path, monkeypatch):
+    """A copy of the prepared phantom, to change at will."""
+    copy = tmp_path / "w"
+    shutil.copytree(phantom_workspace, copy, ignore=shutil.ignore_patterns("nnUNet_results"))
+    for folder in tools.folders:
+        (copy / folder).mkdir(exist_ok=True)
+        monkeypatch.setenv(folder, str(copy / folder))
+    return copy
+
+
+def cases_of(workspace):
+    return sorted(path.name.removesuffix(".nii.gz") for path in workspace.glob("nnUNet_raw/*/labelsTr/*.nii.gz"))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_split_that_cannot_be_used_is_refused(tools, workspace, name):
+    first, second, third = cases_of(workspace)
+    splits = [{"train": [first, "gone"], "val": [first]}, {"train": [first, second], "val": [third]},
+              {"train": [first], "val": []}]
+    file = tools.plans_path(workspace).parent / "splits_final.json"
+    file.write_text(json.dumps(splits))
+    with pytest.raises(UserError) as raised:
+        tools.trainer(workspace, name, fold=0).do_split()
+    assert str(raised.value).startswith(f"{file} cannot be used: fold 0 names cases that are not in ")
+    assert f": gone; fold 0 has cases in both 'train' and 'val': {first}. Correct" in str(raised.value)
+    # other folds may be there for their number alone
+    assert tools.trainer(workspace, name, fold=1).do_split() == ([first, second], [third])
+    with pytest.raises(UserError, match="fold 2 has no case under 'val'"):
+        tools.trainer(workspace, name, fold=2).do_split()
+    training, _ = tools.trainer(workspace, name, fold="all").do_split()
+    assert sorted(training) == [first, second, third]
+
+
+def test_the_split_is_checked_before_anything_is_preprocessed(tools, workspace, monkeypatch):
+    (tools.plans_path(workspace).parent / "splits_final.json").write_text('[{"train": [], "val": []}]')
+    monkeypatch.setattr(batches, "prepare", lambda *arguments: pytest.fail("preprocessed"))
+    trainer = tools.trainer(workspace, TRAINERS[0])
+    trainer.initialize()
+    with pytest.raises(UserError, match="fold 0 has no case under 'train'; fold 0 has no case under 'val'"):
+        trainer.get_dataloaders()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_mistakes_in_dataset_json_are_named(tools, workspace, name):
+    file = tools.plans_path(workspace).parent / "dataset.json"
+    content = json.loads(file.read_text())
+    names = list(content["channel_names"].values())
+    file.write_text(json.dumps({**content, "channel_names": {"0": names[0], "2": names[1]}}))
+    with pytest.raises(UserError) as raised:
+        tools.trainer(workspace, name)
+    assert str(raised.value).startswith(f'{file} is not as nnU-Net needs it: "channel_names" has the keys "0", "2"')
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_labelled_case_whose_name_nnunet_leaves_out_is_refused(tools, workspace, name):
+    case = cases_of(workspace)[0]
+    for path in list(workspace.glob(f"nnUNet_raw/*/*Tr/{case}*")):
+        path.rename(path.with_name(path.name.replace(case, "patient_seg", 1)))
+    with pytest.raises(UserError, match="in imagesTr end with _seg: patient_seg"):
+        tools.trainer(workspace, name).run_training()
