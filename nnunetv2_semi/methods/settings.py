@@ -49,8 +49,8 @@ class Settings(BaseModel):
     )
     deep_supervision: bool = setting(
         True,
-        "as in nnU-Net; Mix, FixMatch, CPS, BCP and RCPS have their unlabelled terms on all outputs, the "
-        "others on the finest one",
+        "as in nnU-Net; Mix, FixMatch, CPS, BCP, RCPS, Distillation and the pseudo-labels of Fusion and SynFoC have "
+        "their unlabelled terms on all outputs, the others on the finest one",
     )
     seed: int = setting(0, "of initial weights, patches, augmentation, noise", at_least=0)
     unlabelled_batch_size: int | None = setting(

@@ -201,6 +201,7 @@ def tools(worker_threads: Callable, run_in_this_process: Callable):
     """The functions above."""
     return SimpleNamespace(run=run_command, kill_and_continue=kill_and_continue, call=run_in_this_process,
                            set_semi=set_semi, prepare=partial(prepare, worker_threads), plans_path=plans_path,
-                           load=load_checkpoint, trainer=make_trainer, environment=environment, command=command, folders=FOLDERS,
-                           on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES, run_workers=run_workers,
-                           states_equal=states_equal, predict_without_this_package=predict_without_this_package)
+                           load=load_checkpoint, trainer=make_trainer, environment=environment, command=command,
+                           folders=FOLDERS, on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES,
+                           run_workers=run_workers, states_equal=states_equal,
+                           predict_without_this_package=predict_without_this_package)
