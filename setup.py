@@ -14,6 +14,7 @@ NNUNET_FOLDERS = {
 }
 BENCHMARK = ["jinja2", "monai>=1.4", "pandas", "pyyaml", "statsmodels"]
 CLUSTER = ["submitit"]
+ELASTIX = ["itk-elastix>=0.20"]
 FOUNDATION = ["transformers>=5", "safetensors"]
 ONNX = ["onnx>=1.16", "onnxruntime>=1.17"]
 # Second libraries for metrics; stubs for mypy.
@@ -80,6 +81,7 @@ setup(
     extras_require={
         "benchmark": BENCHMARK,
         "cluster": CLUSTER,
+        "elastix": ELASTIX,
         "foundation": FOUNDATION,
         "onnx": ONNX,
         "test": [*TEST, *BENCHMARK, *CLUSTER, *FOUNDATION, *ONNX],

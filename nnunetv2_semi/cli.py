@@ -13,6 +13,7 @@ from nnunetv2_semi.errors import UserError
 
 # name: (module with add_arguments(parser) and run(args) -> exit status, help)
 COMMANDS = {
+    "align": ("nnunetv2_semi.commands.align", "align the modalities of each case, in a new data set"),
     "benchmark": ("nnunetv2_semi.benchmark.command", "run a study of several trainers, and report on it"),
     "demo": ("nnunetv2_semi.commands.demo", "make a phantom data set, train on it and compare, in minutes on a CPU"),
     "distill": (

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("area_similarity", "cost_volume", "fused_branches", "loader", "memory", "step", "voxel_contrast")
+SCRIPTS = ("alignment", "area_similarity", "cost_volume", "fused_branches", "loader", "memory", "step",
+           "voxel_contrast")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are part of the source tree alone")
 
@@ -69,6 +70,12 @@ def test_functions_are_timed_in_turn(script):
     times = script("measuring").alternately({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 3
     assert set(times) == {"a", "b"} and times["a"].wall >= 0
+
+
+def test_displaced_images_of_a_phantom_are_found(script, capsys):
+    script("alignment").main(["--trials", "2", "--shape", "40", "48"])
+    output = capsys.readouterr().out
+    assert rows(output, "2 of 2") and "not recovered" not in output
 
 
 def test_the_contrast_equals_the_broadcast_form_without_a_tensor_of_all_pairs(script, capsys):
