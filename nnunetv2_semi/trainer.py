@@ -37,7 +37,7 @@ from nnunetv2_semi.training.domains import cases_of_domains, print_dice_of_domai
 from nnunetv2_semi.training.logs import EpochValues, SemiLocalLogger, log_values, to_floats, values_of_terms
 from nnunetv2_semi.training.skipped_steps import refuse_mostly_skipped
 from nnunetv2_semi.training.step import TrainingStep
-from nnunetv2_semi.training.validation import COUNTS, Predicted, dice_by_name, rows_with_own_target
+from nnunetv2_semi.training.validation import COUNTS, Predicted, dice_by_name, rows_with_own_target, without_loss
 
 
 class nnUNetTrainerSemi(nnUNetTrainer):
@@ -275,7 +275,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
                        for name, own in cases_of_domains(self.domains, labelled["keys"]).items()})
         for name, (logits, applies) in chosen.items():
             rows = Rows.where(applies)
-            with self._validating(Predicted(rows.of(logits))):
+            with self._validating(Predicted(rows.of(logits))), without_loss(self):
                 counts = super().validation_step(rows_with_own_target(labelled, rows))
             outputs.update({f"{count}/{name}": counts[count] * (not rows.empty) for count in COUNTS})
         with self._validating(Predicted(deployed)):

@@ -121,7 +121,7 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         if self.foundation_size is not None and len(plan["patch_size"]) == 2:
             plan["batch_size"] = batch_beside_foundation(
                 plan["batch_size"], self._gb_of_a_2d_patch(plan) * self.planned_graphs, self.gpu_memory_target_in_gb,
-                self.foundation_size)
+                self.foundation_size, passes=2 if self.planned_graphs > 1 else 1)
         plan["semi"] = self.semi_settings()
         return plan
 

@@ -7,7 +7,7 @@ from typing import Literal
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import Settings, setting
 from nnunetv2_semi.networks.foundation import FoundationModel
-from nnunetv2_semi.networks.foundation_weights import local_weights, weights_digest
+from nnunetv2_semi.networks.foundation_weights import HUB, local_weights, weights_digest
 from nnunetv2_semi.networks.frozen_weights import leave_out_of_state_dict
 from nnunetv2_semi.networks.nnunet_foundation import NnUNetFoundation
 from nnunetv2_semi.networks.sam import SAMFoundation
@@ -73,6 +73,12 @@ def build_foundation(settings: FoundationSettings, num_channels: int, num_heads:
                                            checkpointing=checkpointing)
     leave_out_of_state_dict(model, model.frozen_names())
     return model
+
+
+def absolute(weights: str) -> str:
+    """``weights`` as they are found from any folder: a path in full; other names stay."""
+    path = None if weights.startswith(HUB) else local_weights(weights)
+    return weights if path is None else str(path.resolve())
 
 
 def checked_digest(settings: FoundationSettings) -> str | None:

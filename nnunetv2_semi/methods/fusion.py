@@ -137,10 +137,15 @@ class Fusion(Method):
     @classmethod
     def check(cls, context: Context, settings: BaseSettings) -> list[str]:
         require_modalities(context, "Fusion needs two or more modalities of the same patient", '{"T1": [0], "T2": [1]}')
+        assert isinstance(settings, FusionSettings)
+        if settings.modality_weight == settings.inter_weight == 0 and settings.disagreement_factor < 1:
+            return ['light decoders do not train without "modality_weight" and "inter_weight", but pseudo-labels count '
+                    'less where they disagree. Set "disagreement_factor" to 1.']
         return []
 
     def called_networks(self) -> list[nn.Module]:
-        return [self.student.core, self.teacher_core]
+        teacher = self.teacher_core  # of which the parts are called one by one
+        return [self.student.core, *teacher.encoders, teacher.head, *teacher.own_decoders]
 
     @property
     def teacher_core(self) -> FusionCore:

@@ -29,6 +29,7 @@ from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.foundation_settings import (
     FoundationSettings,
+    absolute,
     build_foundation,
     checked_digest,
     require_foundation,
@@ -147,15 +148,16 @@ class SynFoC(Method):
         return ConventionalAndFoundation(conventional,
                                          build_foundation(settings, num_input_channels, num_output_channels,
                                                           len(configuration_manager.patch_size)),
-                                         settings.deploy, semi["regions"])
+                                         settings.deploy, semi["regions"], settings.models == "both")
 
     @classmethod
     def completed(cls, settings: BaseSettings) -> BaseSettings:
-        """With the digest of the foundation model's weights."""
+        """With the absolute path and the digest of the foundation model's weights."""
         assert isinstance(settings, SynFoCSettings)
         if settings.models == CONVENTIONAL or settings.weights is None:
             return settings
-        return settings.model_copy(update={"weights_sha256": checked_digest(settings)})
+        return settings.model_copy(update={"weights": absolute(settings.weights),
+                                           "weights_sha256": checked_digest(settings)})
 
     @classmethod
     def check(cls, context: Context, settings: BaseSettings) -> list[str]:
@@ -164,6 +166,9 @@ class SynFoC(Method):
         if models != "both" and deploy != models:
             raise UserError(f'Plans file, "semi": SynFoC with "models": "{models}" must have "deploy": "{models}", got '
                             f'"{deploy}".')
+        if settings.smallest_box > settings.largest_box:
+            raise UserError(f'Plans file, "semi": smallest_box of SynFoC, {settings.smallest_box:g}, is larger than '
+                            f"largest_box, {settings.largest_box:g}.")
         if models == CONVENTIONAL:
             return []
         require_foundation(settings, len(context.patch_size))
@@ -172,7 +177,8 @@ class SynFoC(Method):
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
-        return 4
+        assert isinstance(settings, SynFoCSettings)
+        return 4 if settings.models == "both" else 2
 
     def optimizers(self, initial_lr: float, weight_decay: float, num_epochs: int) -> list[Optimization]:
         """nnU-Net's for the conventional network; AdamW with a warm-up, step by step, for the foundation model."""
@@ -262,14 +268,14 @@ class SynFoC(Method):
 
     def _ensemble(self, image: torch.Tensor, conventional: torch.Tensor, foundation: torch.Tensor) -> torch.Tensor:
         """alpha P_conventional + (1 - alpha) P_foundation, of the teachers' probabilities."""
+        if self.settings.alpha is not None:
+            return self.settings.alpha * conventional + (1 - self.settings.alpha) * foundation
         student = self._probabilities(self.student, self.student(image), image)
         # Older versions of torch would use half-precision weights made without a graph for passes with one.
         torch.clear_autocast_cache()
         alpha = self_mutual_confidence(student, conventional, foundation, self.context.regions)
         self.metrics["alpha"] = alpha.mean()
         self.note_agreement(conventional, student)
-        if self.settings.alpha is not None:
-            alpha = torch.full_like(alpha, self.settings.alpha)
         share = alpha.view(-1, *[1] * (image.ndim - 1))
         return share * conventional + (1 - share) * foundation
 
@@ -300,7 +306,8 @@ class SynFoC(Method):
             return conventional
         foundation = self.foundation_teacher.network if teacher else self.foundation
         assert isinstance(foundation, FoundationModel)
-        return ConventionalAndFoundation(conventional, foundation, self.settings.deploy, self.context.regions)
+        return ConventionalAndFoundation(conventional, foundation, self.settings.deploy, self.context.regions,
+                                         self.settings.models == "both")
 
     @classmethod
     def stock_networks(cls, deployed: nn.Module, num_channels: int) -> dict[str, StockNetwork]:

@@ -24,12 +24,14 @@ class ConventionalAndFoundation(Deployed):
         foundation: as `FoundationModel`.
         deploy: what a forward pass gives, not ``"conventional"``, which needs none of this.
         regions: region-based labels.
+        both_train: False where the conventional network has not been trained.
     """
 
-    def __init__(self, conventional: nn.Module, foundation: FoundationModel,
-                 deploy: Deploy, regions: bool) -> None:
+    def __init__(self, conventional: nn.Module, foundation: FoundationModel, deploy: Deploy, regions: bool,
+                 both_train: bool = True) -> None:
         super().__init__()
         self.conventional, self.foundation, self.deploy, self.regions = conventional, foundation, deploy, regions
+        self.both_train = both_train
 
     def forward(self, image: torch.Tensor) -> Logits:
         """``image`` (B, C, *spatial) -> logits (B, K, *spatial), a list of them with deep supervision."""
@@ -49,12 +51,14 @@ class ConventionalAndFoundation(Deployed):
         return scales[0] if isinstance(conventional, torch.Tensor) else scales
 
     def parts(self) -> dict[str, nn.Module]:
-        """Each network by itself."""
-        return {CONVENTIONAL: self.conventional, FOUNDATION: ConventionalAndFoundation(
+        """Each network by itself, if both are trained."""
+        return {} if not self.both_train else {CONVENTIONAL: self.conventional, FOUNDATION: ConventionalAndFoundation(
             self.conventional, self.foundation, "foundation", self.regions)}
 
     def with_parts(self, image: torch.Tensor) -> tuple[Logits, dict[str, Logits]]:
         """One pass through each network."""
+        if not self.both_train:
+            return self(image), {}
         conventional, foundation = self.conventional(image), self.foundation(image)
         alone = self.parts()[FOUNDATION]
         assert isinstance(alone, ConventionalAndFoundation)
@@ -62,6 +66,8 @@ class ConventionalAndFoundation(Deployed):
             CONVENTIONAL: conventional, FOUNDATION: alone._deployed(conventional, image, foundation)}
 
     def stock_networks(self) -> dict[str, StockNetwork]:
-        """The conventional one is."""
+        """The conventional one is, if it is trained."""
+        if not self.both_train:
+            return {}
         channels = next(p for p in self.conventional.parameters() if p.ndim > 1).shape[1]
         return {CONVENTIONAL: (list(range(channels)), self.conventional.state_dict())}

@@ -38,7 +38,7 @@ class CrossModalAttention(nn.Module):
         spatial = features[0].shape[2:]
         tokens = torch.stack([single.flatten(2).transpose(1, 2) for single in features], 1)
         normed = self.norm(tokens)
-        placed = normed + _positions(spatial, tokens.shape[-1]).to(tokens)
+        placed = normed + _positions(spatial, tokens.shape[-1], tokens.device).to(normed)
         query, key, value = (self._heads(layer(of)) for layer, of in
                              ((self.query, placed), (self.key, placed), (self.value, normed)))
         found = []
@@ -60,16 +60,16 @@ class CrossModalAttention(nn.Module):
         return tokens.unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
 
-def _positions(spatial: Sequence[int], width: int) -> torch.Tensor:
+def _positions(spatial: Sequence[int], width: int, device: torch.device | None = None) -> torch.Tensor:
     """Sines and cosines of each voxel's place along each axis, (voxels, width) (Vaswani et al., NeurIPS 2017).
 
     Channels that do not divide evenly among the axes are zero.
     """
     frequencies = width // (2 * len(spatial))
     if frequencies == 0:
-        return torch.zeros(math.prod(spatial), width)
-    rates = 10000.0 ** (-torch.arange(frequencies) / frequencies)
-    axes = torch.meshgrid(*(torch.arange(size) for size in spatial), indexing="ij")
+        return torch.zeros(math.prod(spatial), width, device=device)
+    rates = 10000.0 ** (-torch.arange(frequencies, device=device) / frequencies)
+    axes = torch.meshgrid(*(torch.arange(size, device=device) for size in spatial), indexing="ij")
     angles = torch.cat([axis.reshape(-1, 1) * rates for axis in axes], 1)
     encoded = torch.cat([angles.sin(), angles.cos()], 1)
     return F.pad(encoded, (0, width - encoded.shape[1]))

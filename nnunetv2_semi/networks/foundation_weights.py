@@ -33,7 +33,7 @@ def local_weights(weights: str) -> Path | None:
     if not path.exists():
         raise UserError(f"There are no weights of a foundation model at {weights}. Give the path of a file or of a "
                         f'folder, or "{HUB}owner/name" for a model that is to be downloaded, or "{RANDOM}" '
-                        "to start without weights.")
+                        "to start without weights. A trained model names them in its plans.json, which can be changed.")
     return path
 
 

@@ -71,8 +71,9 @@ class FusionCore(nn.Module):
             at_scale = [features[scale] for features in own]
             if str(scale) in self.attention:
                 at_scale = self.attention[str(scale)](at_scale, present)
-            fused.append(fusion(torch.cat([single * share.view(-1, *[1] * (single.ndim - 1)) for single, share in
-                                           zip(at_scale, shares, strict=True)], 1)))
+            # in the features' own precision: single precision would double the largest tensors
+            fused.append(fusion(torch.cat([single * share.to(single).view(-1, *[1] * (single.ndim - 1))
+                                           for single, share in zip(at_scale, shares, strict=True)], 1)))
         return fused, own
 
     def of_each(self, own: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
@@ -122,7 +123,8 @@ class LightDecoder(nn.Module):
         summed = self.reduce[-1](features[-1])
         for layer, finer in zip(list(self.reduce)[-2::-1], list(features)[-2::-1], strict=True):
             mode = _LINEAR[finer.ndim - 2]
-            summed = layer(finer) + F.interpolate(summed, finer.shape[2:], mode=mode)
+            reduced = layer(finer)
+            summed = reduced + F.interpolate(summed, finer.shape[2:], mode=mode).to(reduced)
         return self.segment(self.block(summed))
 
 

@@ -9,22 +9,22 @@ _GB = 2 ** 30
 _SMALLEST_BATCH = 2  # as in nnU-Net
 
 
-def batch_beside_foundation(batch_size: int, gb_of_a_patch: float, target_gb: float, image_size: int) -> int:
+def batch_beside_foundation(batch_size: int, gb_of_a_patch: float, target_gb: float, image_size: int,
+                            passes: int = 1) -> int:
     """The largest batch, of ``batch_size`` at most, with which network and foundation model fit the memory target.
-
-    A step holds a pass of each at once.
 
     Args:
         batch_size: of the network alone.
         gb_of_a_patch: memory of the network's pass of one patch.
         target_gb: memory target of the plan.
         image_size: pixels a side of the foundation model's input.
+        passes: of the foundation model that a step holds at once.
 
     Raises:
         UserError: two patches do not fit.
     """
     def needed(batch: int) -> float:
-        return gb_of_a_patch * batch + sam_vit_b_memory(image_size, batch, checkpointing=False).total / _GB
+        return gb_of_a_patch * batch + sam_vit_b_memory(image_size, passes * batch, checkpointing=False).total / _GB
 
     fitting = [batch for batch in range(_SMALLEST_BATCH, batch_size + 1) if needed(batch) <= target_gb]
     if not fitting:

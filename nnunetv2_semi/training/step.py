@@ -104,12 +104,12 @@ class TrainingStep:
                 self.grad_scaler.unscale_(optimizer)
             clip = inf if optimization.gradient_clip is None else optimization.gradient_clip
             norm = nn.utils.clip_grad_norm_(parameters, clip)
+            of_this = isfinite(float(norm))
+            finite = finite and of_this
             if self.grad_scaler is not None:
                 self.grad_scaler.step(optimizer)  # leaves the step out by itself, and lowers its scale
-            elif isfinite(float(norm)):
+            elif of_this:
                 optimizer.step()
-            else:
-                finite = False
         if self.grad_scaler is not None:
             self.grad_scaler.update()
         return finite

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunetv2_semi.distributed import sum_over_processes
 from nnunetv2_semi.losses.predictions import Logits, dice_from_counts
 from nnunetv2_semi.methods.rows import Rows
+
+
+@contextmanager
+def without_loss(trainer: nnUNetTrainer) -> Iterator[None]:
+    """Within the block nnU-Net's validation step computes counts alone.
+
+    Its loss exchanges sums between processes, which may have different numbers of some patches.
+    """
+    loss, trainer.loss = trainer.loss, lambda output, target: torch.zeros(())
+    try:
+        yield
+    finally:
+        trainer.loss = loss
+
 
 COUNTS = ("tp_hard", "fp_hard", "fn_hard")  # what nnU-Net's validation step returns
 

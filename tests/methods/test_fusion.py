@@ -213,6 +213,21 @@ def test_what_is_logged_and_shown(small):
     assert list(maps) == ["certainty", "agreement", "pseudo-label counts"]
 
 
+def test_a_check_by_decoders_that_do_not_train_is_warned_of(small):
+    idle = {"modality_weight": 0.0, "inter_weight": 0.0}
+    assert "do not train" in Fusion.check(small.context(), FusionSettings(**idle))[0]
+    assert Fusion.check(small.context(), FusionSettings(**idle, disagreement_factor=1.0)) == []
+
+
+def test_what_a_step_calls_is_what_is_compiled(small):
+    method, batch = make(small), small.batch(dims=2)
+    called = []
+    for network in method.called_networks():
+        network.register_forward_hook(lambda module, *_: called.append(module))
+    terms_of(method, batch)
+    assert all(network in called for network in method.called_networks())
+
+
 def test_one_modality_is_refused(small):
     with pytest.raises(UserError, match="two or more modalities"):
         Fusion.check(small.context(1), FusionSettings())

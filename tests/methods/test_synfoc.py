@@ -281,11 +281,19 @@ def test_what_is_deployed(small, monkeypatch, deploy, weights, deep_supervision)
     assert channels == [0, 1] and state.keys() == own.keys() and all(torch.equal(state[k], own[k]) for k in own)
 
 
+def test_an_untrained_conventional_network_is_neither_validated_nor_exported(small, monkeypatch):
+    method = make(small, monkeypatch, models="foundation", deploy="foundation")
+    deployed, parts = method.predictions(small.batch(dims=2).unlabelled)
+    assert deployed.shape == (2, 3, 8, 8) and parts == {} and method.parts() == {}
+    assert method.stock_networks(method.deployable(), 2) == {}
+
+
 @pytest.mark.parametrize("settings, dims, message", [
     ({}, 2, "needs the weights"), ({"weights": "random"}, 3, "SAM takes 2D"),
     ({"weights": "random", "models": "foundation"}, 2, 'must have "deploy": "foundation"'),
     ({"models": "conventional", "deploy": "ensemble"}, 2, 'must have "deploy": "conventional"'),
     ({"weights": "random", "lora_rank": 0}, 2, "at least 1"),
+    ({"weights": "random", "smallest_box": 0.5}, 2, "smallest_box of SynFoC, 0.5, is larger"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_built(small, settings, dims, message):
     context = small.context()
@@ -294,11 +302,12 @@ def test_what_cannot_work_is_refused_before_anything_is_built(small, settings, d
         SynFoC.check(context, SynFoCSettings(**settings))
 
 
-def test_a_changed_weights_file_is_refused_and_its_digest_goes_into_the_plans(tmp_path):
+def test_a_changed_weights_file_is_refused_and_its_digest_goes_into_the_plans(tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     file.write_bytes(b"some weights")
-    done = SynFoC.completed(SynFoCSettings(weights=str(file)))
-    assert len(done.weights_sha256) == 64
+    monkeypatch.chdir(tmp_path)
+    done = SynFoC.completed(SynFoCSettings(weights="weights.pth"))
+    assert len(done.weights_sha256) == 64 and done.weights == str(file.resolve()), "found from any folder"
     assert SynFoC.completed(done) == done
     file.write_bytes(b"other weights")
     with pytest.raises(UserError, match="not those that the plans file"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nnunetv2_semi.training.domains import cases_of_domains, print_dice_of_domains
+from nnunetv2_semi.training.validation import without_loss
 
 
 def test_cases_of_domains_by_patterns():
@@ -28,6 +29,14 @@ def test_final_dice_of_each_domain_is_the_mean_over_its_cases(tmp_path):
     assert lines == ["Mean Validation Dice of domain a: 0.7500 (2 cases)",
                      "Mean Validation Dice of domain b: 0.3000 (1 cases)",
                      "Mean Validation Dice of domain c: no validation case"]
+
+
+def test_nnunets_loss_is_left_out_where_processes_may_have_different_patches():
+    trainer = SimpleNamespace(loss=lambda output, target: pytest.fail("it was computed"))
+    before = trainer.loss
+    with without_loss(trainer):
+        assert float(trainer.loss(None, None)) == 0
+    assert trainer.loss is before
 
 
 def test_every_epoch_logs_the_dice_of_each_domain(tools, tmp_path, monkeypatch):
