@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -166,6 +167,15 @@ def _worker_threads():
 @pytest.fixture(scope="session", name="run_in_this_process")
 def _run_in_this_process():
     return run_in_this_process
+
+
+@pytest.fixture
+def dataset(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The raw data set that a test file calls ``healthy``, copied into nnU-Net's folders of one's own, to damage."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return Path(shutil.copytree(healthy, tmp_path / "nnUNet_raw" / healthy.name))
 
 
 def pytest_report_header() -> str:

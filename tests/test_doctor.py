@@ -20,17 +20,9 @@ from nnunetv2_semi.doctor.dataset import check_dataset
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5 labelled, 3 unlabelled and 2 test cases of two channels."""
     raw = tmp_path_factory.mktemp("raw")
     return make_phantom_dataset(raw, 7, "Phantom", labelled=5, unlabelled=3, test=2, shape=(12, 12, 14), channels=2)
-
-
-@pytest.fixture
-def dataset(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set of one's own to damage: 5 labelled, 3 unlabelled and 2 test cases of two channels."""
-    for variable in environment.FOLDER_VARIABLES:
-        (tmp_path / variable).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    return Path(shutil.copytree(healthy, tmp_path / "nnUNet_raw" / healthy.name))
 
 
 def findings(level: Level, dataset: str = "7") -> list[Check]:

@@ -15,7 +15,6 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
-from nnunetv2_semi.doctor import environment
 from nnunetv2_semi.doctor.checks import Check, Level
 from nnunetv2_semi.doctor.dataset import check_dataset
 from nnunetv2_semi.doctor.preprocessed import check_intensities
@@ -34,14 +33,6 @@ CONFIGURATION = {
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tmp_path_factory.mktemp("raw")
     return make_phantom_dataset(raw, 7, "Phantom", labelled=5, unlabelled=2, test=0, shape=(12, 12, 14), channels=2)
-
-
-@pytest.fixture
-def dataset(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for variable in environment.FOLDER_VARIABLES:
-        (tmp_path / variable).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    return Path(shutil.copytree(healthy, tmp_path / "nnUNet_raw" / healthy.name))
 
 
 def spacing_of(dataset: Path) -> list[float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import SimpleITK as sitk
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunetv2_semi import __version__
 from nnunetv2_semi.commands.align_pictures import AlignmentPicture, save_sheet
@@ -34,6 +34,7 @@ from nnunetv2_semi.data.case_alignment import (
     transform_file,
 )
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels, named_channels
+from nnunetv2_semi.data.raw_cases import raw_dataset_folder
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import exit_status_of
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    source = _raw_folder(args.dataset)
+    source = raw_dataset_folder(args.dataset)
     path = os.path.join(source, "dataset.json")
     dataset_json = read_json_object(path) or {}
     if "file_ending" not in dataset_json or "labels" not in dataset_json:
@@ -145,19 +146,6 @@ def _check_call(modalities: dict[str, list[int]], fixed: str, dataset_json: dict
                         "channels of a modality are moved together.")
     if dataset_json["file_ending"].lower() in (".tif", ".tiff"):
         raise UserError("TIFF files do not say where their voxels are: convert them to .nii.gz, or to .png in 2D.")
-
-
-def _raw_folder(dataset_name_or_id: str) -> str:
-    raw = os.environ.get("nnUNet_raw")
-    if not raw:
-        raise UserError("The environment variable nnUNet_raw is not set.")
-    try:
-        folder = os.path.join(raw, str(maybe_convert_to_dataset_name(dataset_name_or_id)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if not os.path.isdir(folder):
-        raise UserError(f"There is no folder {folder}.")
-    return folder
 
 
 def _target_folder(source: str, wanted: int | None) -> str:

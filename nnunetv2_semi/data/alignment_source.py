@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
 from nnunetv2_semi.data.case_channels import channels_of_case
+from nnunetv2_semi.data.label_files import label_files
 from nnunetv2_semi.data.raw_cases import case_and_channel, list_labelled_cases, list_unlabelled_cases
 
 SPLITS = ("Tr", "Un", "Ts")
@@ -45,18 +43,13 @@ def source_cases(folder: str, dataset_json: dict) -> list[SourceCase]:
     ending = dataset_json["file_ending"]
     listed = {"Tr": list_labelled_cases(folder, dataset_json), "Un": list_unlabelled_cases(folder, dataset_json),
               "Ts": _test_cases(os.path.join(folder, "imagesTs"), ending)}
-    labels: dict[str, str] = {}
-    if "dataset" in dataset_json:
-        # nnU-Net rewrites the paths in what it is given
-        entries = get_filenames_of_train_images_and_targets(folder, copy.deepcopy(dataset_json))
-        labels = {case: entry["label"] for case, entry in entries.items()}
+    labels = label_files(folder, dataset_json)
     cases = []
     for split, by_name in listed.items():
         for name, files in by_name.items():
-            label = labels.get(name) if split == "Tr" and labels else os.path.join(folder, f"labels{split}",
-                                                                                    name + ending)
+            label = labels[name] if split == "Tr" else os.path.join(folder, f"labels{split}", name + ending)
             images = dict(zip(channels_of_case(files, len(files), dataset_json), files, strict=True))
-            cases.append(SourceCase(split, name, images, label if label and os.path.isfile(label) else None))
+            cases.append(SourceCase(split, name, images, label if os.path.isfile(label) else None))
     return cases
 
 

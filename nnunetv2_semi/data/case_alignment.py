@@ -19,10 +19,11 @@ import SimpleITK as sitk
 
 from nnunetv2_semi.data.alignment_source import SourceCase
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.cached_reading import file_stamp
 from nnunetv2_semi.data.dataset_settings import folder_name
 from nnunetv2_semi.data.elastix_registration import ElastixBackend
 from nnunetv2_semi.data.file_integrity import check_file_complete
-from nnunetv2_semi.data.registration import Backend, Kind, Registered, SimpleITKBackend, register
+from nnunetv2_semi.data.registration import Backend, Kind, Quality, Registered, SimpleITKBackend, register
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
 
@@ -55,18 +56,12 @@ class AlignmentOptions:
     interpolation: Literal["linear", "bspline"] = "linear"
 
 
-@dataclass(frozen=True)
-class AlignedModality:
-    """Quality of one registration, as in `Registered`."""
+@dataclass(frozen=True, kw_only=True)
+class AlignedModality(Quality):
+    """Quality of the registration of ``modality`` to ``fixed``."""
 
     modality: str
     fixed: str
-    start: str
-    information_before: float
-    information_after: float
-    displacement: float
-    overlap: float
-    is_unmoved: bool
 
 
 @dataclass(frozen=True)
@@ -256,8 +251,8 @@ def _write_transforms(written: AlignmentOptions, case: SourceCase, modality: str
 
 
 def _quality(modality: str, fixed: str, found: Registered) -> AlignedModality:
-    values = {key: value for key, value in found.__dict__.items() if key != "transform"}
-    return AlignedModality(modality, fixed, **values)
+    values = {key: value for key, value in vars(found).items() if key != "transform"}
+    return AlignedModality(modality=modality, fixed=fixed, **values)
 
 
 def _on_one_grid(first: sitk.Image, second: sitk.Image) -> bool:
@@ -276,12 +271,8 @@ def _record_file(split: str, name: str, options: AlignmentOptions) -> str:
 
 
 def _states(case: SourceCase) -> dict[str, list[int]]:
-    """Size and time of change of each file."""
-    states = {}
-    for file in case.files:
-        if os.path.isfile(file):  # a link may lead nowhere: reading it says so
-            states[os.path.basename(file)] = [os.stat(file).st_size, os.stat(file).st_mtime_ns]
-    return states
+    """The stamp of each file that is there: a link may lead nowhere, and reading it says so."""
+    return {os.path.basename(file): file_stamp(file) for file in case.files if os.path.isfile(file)}
 
 
 def _reason(error: BaseException) -> str:

@@ -77,12 +77,10 @@ def read_file(path: str, reader_name: str, *, is_label: bool = False) -> tuple[I
     low, high = float(voxels.min()), float(voxels.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("the image has voxels that are not finite numbers (NaN or infinity)")
-    voxels += 0.0  # minus zero and zero are the same intensity
-    hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
-    hasher.update(voxels.data)
+    digest = voxels_digest(voxels)
     grid = grid_of(properties)
     content = ImageContent(
-        digest=hasher.hexdigest(),
+        digest=digest,
         constant=low == high,
         shape=tuple(int(size) for size in voxels.shape),
         spacing=tuple(float(size) for size in properties["spacing"]),
@@ -90,6 +88,14 @@ def read_file(path: str, reader_name: str, *, is_label: bool = False) -> tuple[I
         direction=grid.direction,
     )
     return content, voxels
+
+
+def voxels_digest(voxels: np.ndarray) -> str:
+    """BLAKE2b, in hexadecimal, of the shape and values of a contiguous float32 array, in which -0 becomes 0."""
+    voxels += 0.0  # minus zero and zero are the same value
+    hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
+    hasher.update(voxels.data)
+    return hasher.hexdigest()
 
 
 def image_contents(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi.data.cached_reading import read_cached
+from nnunetv2_semi.data.duplicates import voxels_digest
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
 from nnunetv2_semi.errors import UserError
@@ -76,12 +76,10 @@ def read_label(path: str, reader_name: str) -> LabelContent:
     check_file_complete(path)
     voxels, _ = recursive_find_reader_writer_by_name(reader_name)().read_seg(path)
     voxels = np.ascontiguousarray(voxels, dtype=np.float32)
-    voxels += 0.0  # minus zero and zero are the same label
-    hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
-    hasher.update(voxels.data)
+    digest = voxels_digest(voxels)
     # Without sorting, unlike numpy's: label files have up to 10^9 voxels.
     values = sorted(float(value) for value in pd.unique(voxels.ravel()))
-    return LabelContent(hasher.hexdigest(), len(voxels), tuple(values[:_VALUES_KEPT]))
+    return LabelContent(digest, len(voxels), tuple(values[:_VALUES_KEPT]))
 
 
 def label_contents(

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi.data.dataset_settings import num_channels
@@ -15,6 +16,24 @@ from nnunetv2_semi.errors import UserError
 UNLABELLED_FOLDER = "imagesUn"
 LABELLED_FOLDER = "imagesTr"
 RESOURCE_FORK = "._"  # begins the names of files that macOS writes beside those it copies
+
+
+def raw_dataset_folder(dataset_name_or_id: str) -> str:
+    """The folder of a raw data set.
+
+    Raises:
+        UserError: nnUNet_raw is not set, or holds no such data set.
+    """
+    raw = os.environ.get("nnUNet_raw")
+    if not raw:
+        raise UserError("The environment variable nnUNet_raw is not set.")
+    try:
+        folder = os.path.join(raw, str(maybe_convert_to_dataset_name(dataset_name_or_id)))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if not os.path.isdir(folder):
+        raise UserError(f"There is no folder {folder}.")
+    return folder
 
 
 def list_unlabelled_cases(raw_dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:

@@ -31,12 +31,11 @@ _LEAST_OVERLAP = 0.5  # of what the better one of the headers' position and comm
 _POINTS_PER_AXIS = 9
 
 
-@dataclass(frozen=True)
-class Registered:
-    """What registration found.
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well a registration went.
 
     Attributes:
-        transform: points of the fixed image to points of the moving one.
         start: where the search that won began, such as "moments, axis 0 by +20 degrees".
         information_before, information_after: mutual information (nats) of the images as their headers place them, and
             by the transform.
@@ -45,13 +44,19 @@ class Registered:
         is_unmoved: nothing within a voxel was better than the headers' position, which is the result.
     """
 
-    transform: Linear
     start: str
     information_before: float
     information_after: float
     displacement: float
     overlap: float
     is_unmoved: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered(Quality):
+    """What registration found; ``transform``: points of the fixed image to points of the moving one."""
+
+    transform: Linear
 
 
 class Backend(Protocol):
@@ -103,7 +108,8 @@ def register(moving: sitk.Image, fixed: sitk.Image, kind: Kind, backend: Backend
         if moved >= max(fixed.GetSpacing()):
             raise RuntimeError(f"mutual information is worse after registration: {before:.3f}, then {after:.3f}")
         found, name, after, moved = unmoved, "header", before, 0.0
-    return Registered(found, name, before, after, moved, overlap(found, moving, fixed), found is unmoved)
+    return Registered(transform=found, start=name, information_before=before, information_after=after,
+                      displacement=moved, overlap=overlap(found, moving, fixed), is_unmoved=found is unmoved)
 
 
 def optimum(moving: sitk.Image, fixed: sitk.Image, start: sitk.Transform, *, factors: Sequence[int] = (1,),

@@ -17,11 +17,11 @@ from torch import nn
 
 from nnunetv2_semi.data.flips import Flips
 from nnunetv2_semi.data.largest_component import largest_components
-from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels
-from nnunetv2_semi.losses.predictions import all_scales, probabilities
+from nnunetv2_semi.losses.hard_labels import hard_labels
+from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Context, Term
-from nnunetv2_semi.methods.mixing import boxes_to_paste, paste
+from nnunetv2_semi.methods.mixing import boxes_to_paste, labelled_partners, paste
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, intensity_view
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
@@ -159,11 +159,9 @@ class Mix(Method):
         following, partner = [mine.roll(-1, 0) for mine in own], self.settings.partner
         if partner == "unlabelled":
             return following
-        truth, known = known_labels(all_scales(batch.target)[0], self.context.regions, self.context.ignore_label)
-        known = known.expand(-1, own[2].shape[1], *known.shape[2:])
-        rows = torch.arange(len(own[0]), device=own[0].device) % len(batch.labelled)
-        labelled = [one[rows].to(mine.dtype) for one, mine in zip((batch.labelled, truth, known), own, strict=True)]
-        half = (len(rows) + 1) // 2 if partner == "both" else 0
+        labelled = [theirs.to(mine.dtype).expand_as(mine) for theirs, mine in zip(
+            labelled_partners(batch, self.context.regions, self.context.ignore_label), own, strict=True)]
+        half = (len(own[0]) + 1) // 2 if partner == "both" else 0
         return [torch.cat([a[:half], b[half:]]) for a, b in zip(following, labelled, strict=True)]
 
     def after_step(self) -> None:

@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 
 from nnunetv2_semi.data.boxes import Boxes
-from nnunetv2_semi.losses.hard_labels import nearest
-from nnunetv2_semi.losses.predictions import Logits
+from nnunetv2_semi.losses.hard_labels import known_labels, nearest
+from nnunetv2_semi.losses.predictions import Logits, all_scales
+from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.present_channels import present_channels
 
 Patches = TypeVar("Patches", torch.Tensor, Logits, torch.Tensor | list[torch.Tensor])
@@ -42,6 +43,18 @@ def same_channels(image: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
     """Whether patches (B, C, *spatial) have the channels that their partners have: bool (B, 1, *1)."""
     same = (present_channels(image) == present_channels(partner)).all(1)
     return same.view(-1, *[1] * (image.ndim - 1))
+
+
+def labelled_partners(batch: Batch, regions: bool, ignore_label: int | None) -> tuple[torch.Tensor, ...]:
+    """For each unlabelled patch of ``batch`` a labelled one, in turn.
+
+    Returns:
+        Patches (B_u, C, *spatial), their labels in nnU-Net's layout, and where these are known, bool
+        (B_u, 1, *spatial).
+    """
+    rows = torch.arange(len(batch.unlabelled), device=batch.labelled.device) % len(batch.labelled)
+    truth, known = known_labels(all_scales(batch.target)[0], regions, ignore_label)
+    return batch.labelled[rows], truth[rows], known[rows]
 
 
 @dataclass(frozen=True)

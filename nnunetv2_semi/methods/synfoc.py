@@ -34,7 +34,7 @@ from nnunetv2_semi.methods.foundation_settings import (
     checked_digest,
     require_foundation,
 )
-from nnunetv2_semi.methods.mixing import paste, same_channels
+from nnunetv2_semi.methods.mixing import labelled_partners, paste, same_channels
 from nnunetv2_semi.methods.optimization import Optimization, WarmedUpPolyLR
 from nnunetv2_semi.methods.perturbation import ViewSettings, intensity_view
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
@@ -197,8 +197,7 @@ class SynFoC(Method):
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         weight = self.unlabelled_weight(sigmoid_ramp_up(self.progress, self.settings.ramp_fraction,
                                                         self.settings.ramp_power))
-        rows = torch.arange(len(batch.unlabelled), device=batch.labelled.device) % len(batch.labelled)
-        labelled = batch.labelled[rows]
+        labelled, truth, known = labelled_partners(batch, self.context.regions, self.context.ignore_label)
         inside = self._boxes(labelled, batch.unlabelled)
         mixed = paste(inside, labelled, intensity_view(batch.unlabelled, self.settings))
         passes = {network: self.passes(network, batch.labelled, mixed) for network in self._students()}
@@ -206,9 +205,8 @@ class SynFoC(Method):
             yield [self._labelled_term(network, next(outputs), batch.target)]
 
         labels, counted = self._pseudo_labels(batch.unlabelled)
-        truth, known = known_labels(all_scales(batch.target)[0], self.context.regions, self.context.ignore_label)
-        labels = paste(inside, truth[rows].to(labels.dtype), labels)
-        counted = paste(inside, known[rows].expand_as(counted), counted)
+        labels = paste(inside, truth.to(labels.dtype), labels)
+        counted = paste(inside, known.expand_as(counted), counted)
         outputs_of = {network: next(outputs) for network, outputs in passes.items()}
         terms = [Term(f"pseudo_label{_suffix(network)}", self._hard_label_loss(network, output, labels, counted),
                       weight * self.settings.pseudo_weight) for network, output in outputs_of.items()]

@@ -38,16 +38,17 @@ class ConventionalAndFoundation(Deployed):
         # Deep supervision is on in validation within an epoch alone, where nnU-Net's loss wants the same scales.
         scales = self.deploy == "ensemble" or any(getattr(m, "deep_supervision", False)
                                                   for m in self.conventional.modules())
-        return self._deployed(self.conventional(image) if scales else None, image, self.foundation(image))
+        return self._combined(self.deploy, self.conventional(image) if scales else None, image, self.foundation(image))
 
-    def _deployed(self, conventional: Logits | None, image: torch.Tensor, foundation: Logits) -> Logits:
+    def _combined(self, deploy: Deploy, conventional: Logits | None, image: torch.Tensor,
+                  foundation: Logits) -> Logits:
         own = full_resolution(foundation)
         if conventional is None:
             return self.foundation.at_patch_grid(own, image.shape[2:])
         each = [[*all_scales(conventional)],
                 [self.foundation.at_patch_grid(own, scale.shape[2:]) for scale in all_scales(conventional)]]
         voting = torch.ones(image.shape[0], 2, dtype=torch.bool, device=image.device)
-        scales = each[1] if self.deploy == "foundation" else mean_at_all_scales(each, self.regions, voting)
+        scales = each[1] if deploy == "foundation" else mean_at_all_scales(each, self.regions, voting)
         return scales[0] if isinstance(conventional, torch.Tensor) else scales
 
     def parts(self) -> dict[str, nn.Module]:
@@ -60,10 +61,8 @@ class ConventionalAndFoundation(Deployed):
         if not self.both_train:
             return self(image), {}
         conventional, foundation = self.conventional(image), self.foundation(image)
-        alone = self.parts()[FOUNDATION]
-        assert isinstance(alone, ConventionalAndFoundation)
-        return self._deployed(conventional, image, foundation), {
-            CONVENTIONAL: conventional, FOUNDATION: alone._deployed(conventional, image, foundation)}
+        return self._combined(self.deploy, conventional, image, foundation), {
+            CONVENTIONAL: conventional, FOUNDATION: self._combined("foundation", conventional, image, foundation)}
 
     def stock_networks(self) -> dict[str, StockNetwork]:
         """The conventional one is, if it is trained."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import Logits
 from nnunetv2_semi.networks.cross_modal_attention import CrossModalAttention
 from nnunetv2_semi.networks.deployment import Deployed
+from nnunetv2_semi.networks.modality_encoders import require_encoder_and_decoder
 from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 _DROPOUT = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}
@@ -38,9 +38,7 @@ class FusionCore(nn.Module):
                  attention_scales: Sequence[int], attention_heads: int, dropout: float) -> None:
         super().__init__()
         first: Any = next(iter(networks.values()))
-        if not hasattr(first, "encoder") or not hasattr(getattr(first, "decoder", None), "transpconvs"):
-            raise UserError(f"{type(first).__name__} has no nnU-Net encoder and decoder: modalities are fused with "
-                            "PlainConvUNet and ResidualEncoderUNet.")
+        require_encoder_and_decoder(first, "modalities are fused")
         self.names = tuple(networks)
         self.channels = {name: list(channels[name]) for name in self.names}
         self.encoders = nn.ModuleList([getattr(network, "encoder") for network in networks.values()])  # noqa: B009

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from torch import nn
@@ -16,6 +17,11 @@ def checkpoint_stages(module: nn.Module) -> int:
     """
     lists = [getattr(part, "stages", None) for part in module.modules()]
     stages = [stage for found in lists if isinstance(found, nn.Sequential | nn.ModuleList) for stage in found]
-    for stage in stages:
-        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+    keep_inputs_alone(stages)
     return len(stages)
+
+
+def keep_inputs_alone(layers: Iterable[nn.Module]) -> None:
+    """Let each of ``layers`` keep its input alone; what is within is computed again for its gradient."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -14,6 +14,13 @@ from nnunetv2_semi.present_channels import present_channels, present_modalities
 Pyramid = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
+def require_encoder_and_decoder(network: nn.Module, purpose: str) -> None:
+    """Raise UserError where ``network`` is none of nnU-Net's U-Nets; ``purpose`` says what these are needed for."""
+    if not hasattr(network, "encoder") or not hasattr(getattr(network, "decoder", None), "transpconvs"):
+        raise UserError(f"{type(network).__name__} has no nnU-Net encoder and decoder: {purpose} with PlainConvUNet "
+                        "and ResidualEncoderUNet.")
+
+
 class ModalityEncoders(nn.Module):
     """nnU-Net's network with an encoder for each modality.
 
@@ -27,9 +34,7 @@ class ModalityEncoders(nn.Module):
     def __init__(self, networks: Mapping[str, nn.Module], channels: Mapping[str, Sequence[int]]) -> None:
         super().__init__()
         first = next(iter(networks.values()))
-        if not hasattr(first, "encoder") or not hasattr(getattr(first, "decoder", None), "transpconvs"):
-            raise UserError(f"{type(first).__name__} has no nnU-Net encoder and decoder: modalities can share a decoder"
-                            " with PlainConvUNet and ResidualEncoderUNet.")
+        require_encoder_and_decoder(first, "modalities can share a decoder")
         self.names = tuple(networks)
         self.channels = {name: list(channels[name]) for name in self.names}
         self.encoders = nn.ModuleList([getattr(network, "encoder") for network in networks.values()])  # noqa: B009

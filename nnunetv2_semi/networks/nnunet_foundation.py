@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
@@ -20,6 +18,7 @@ from nnunetv2_semi.networks.foundation import FoundationModel
 from nnunetv2_semi.networks.foundation_weights import RANDOM, local_weights, require_same_parameters
 from nnunetv2_semi.networks.gradient_checkpointing import checkpoint_stages
 from nnunetv2_semi.networks.lora import adapt_convolutions
+from nnunetv2_semi.networks.stride_padding import cropped, padded_to_strides, product_of_strides
 
 _HEADS = "decoder.seg_layers."
 
@@ -48,7 +47,7 @@ class NnUNetFoundation(FoundationModel):
         loaded = {id(parameters[name]): parameters[name] for name in from_file if name in parameters}
         unet: Any = network
         heads = unet.decoder.seg_layers
-        self.stride = tuple(math.prod(along) for along in zip(*unet.encoder.strides, strict=True))
+        self.stride = product_of_strides(unet.encoder.strides)
         unet.decoder.deep_supervision = False
         if rank > 0:
             fresh = [layer for layer in network.modules() if isinstance(layer, nn.modules.conv._ConvNd)
@@ -103,15 +102,7 @@ class NnUNetFoundation(FoundationModel):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """``image`` (B, C, *spatial) -> logits (B, K, *spatial)."""
-        spatial = image.shape[2:]
-        # Two voxels at least along an axis that is reduced: instance normalisation needs more than one.
-        sizes = [max(-(-size // stride), 2 if stride > 1 else 1) * stride
-                 for size, stride in zip(spatial, self.stride, strict=True)]
-        ends = [end for size, padded in zip(spatial, sizes, strict=True) for end in (padded - size, 0)]
-        logits = full_resolution(self.network(F.pad(image, ends[::-1])))
-        for axis, size in enumerate(spatial, 2):
-            logits = logits.narrow(axis, 0, size)
-        return logits
+        return cropped(full_resolution(self.network(padded_to_strides(image, self.stride))), image.shape[2:])
 
 
 def _require_unet(network: nn.Module) -> None:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.networks.foundation import FoundationModel
@@ -28,6 +26,7 @@ from nnunetv2_semi.networks.foundation_weights import (
     read_tensors,
     require_same_parameters,
 )
+from nnunetv2_semi.networks.gradient_checkpointing import keep_inputs_alone
 from nnunetv2_semi.networks.lora import LoRAQueryValue, replace_layers
 from nnunetv2_semi.networks.sam_weights import (
     HEADS,
@@ -82,8 +81,7 @@ class SAMFoundation(FoundationModel):
         fused = [layer.attn.qkv for layer in sam.vision_encoder.layers]
         replace_layers(model, {layer: LoRAQueryValue(layer, rank, alpha) for layer in fused})
         if checkpointing:
-            for layer in sam.vision_encoder.layers:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            keep_inputs_alone(sam.vision_encoder.layers)
         self.to_three_channels = None if num_channels in (1, 3) else _mean_of_channels(num_channels)
         photographs = normalisation == "sam"
         mean, std = (_PIXEL_MEAN, _PIXEL_STD) if photographs else ([0.0] * 3, [1.0] * 3)

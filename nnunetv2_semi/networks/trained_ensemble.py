@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -19,6 +18,7 @@ from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.losses.predictions import full_resolution
 from nnunetv2_semi.networks.foundation_weights import weights_digest
 from nnunetv2_semi.networks.modality_branches import mean_probability_logits
+from nnunetv2_semi.networks.stride_padding import cropped, padded_to_strides, product_of_strides
 
 
 class TrainedEnsemble(nn.Module):
@@ -47,21 +47,10 @@ class TrainedEnsemble(nn.Module):
     @torch.no_grad()
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """``image`` (B, C, *spatial) -> logits (B, K, *spatial) whose softmax (or sigmoid) is the mean probability."""
-        padded = image if self.strides is None else F.pad(image, self._padding(image.shape[2:]))
+        padded = image if self.strides is None else padded_to_strides(image, self.strides)
         each = [full_resolution(network(padded)) for network in self.networks]
         logits = each[0] if len(each) == 1 else mean_probability_logits(each, self.regions)
-        for axis, size in enumerate(image.shape[2:], 2):
-            logits = logits.narrow(axis, 0, size)
-        return logits
-
-    def _padding(self, spatial: Sequence[int]) -> list[int]:
-        """For torch's ``pad``, which begins with the last axis."""
-        assert self.strides is not None
-        # Two voxels at least along an axis that is reduced: instance normalisation needs more than one.
-        sizes = [max(-(-size // stride), 2 if stride > 1 else 1) * stride
-                 for size, stride in zip(spatial, self.strides, strict=True)]
-        return [end for size, padded in zip(reversed(spatial), reversed(sizes), strict=True)
-                for end in (0, padded - size)]
+        return cropped(logits, image.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -117,7 +106,7 @@ class TrainedModel:
     @property
     def num_channels(self) -> int:
         """Of the images."""
-        return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", {})))
+        return determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
 
     @cached_property
     def strides(self) -> tuple[int, ...] | None:
@@ -126,7 +115,7 @@ class TrainedModel:
             steps = self.configuration.pool_op_kernel_sizes
         except KeyError:
             return None
-        return tuple(math.prod(along) for along in zip(*steps, strict=True))
+        return product_of_strides(steps)
 
     def ensemble(self) -> TrainedEnsemble:
         """The deployed networks of all folds, as nnU-Net's predictor builds them.
@@ -141,7 +130,6 @@ class TrainedModel:
     def _network(self, fold: str) -> nn.Module:
         # Imported late: nnU-Net's search imports all of its trainers.
         from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
         checkpoint = self._checkpoint(fold)
         name = checkpoint["trainer_name"]
@@ -153,8 +141,7 @@ class TrainedModel:
             raise UserError(f"The teacher in {self.folder} was trained with {name}, which nnU-Net does not find here. "
                             "nnunetv2_semi doctor says whether the trainers of this package are visible.")
         network = trainer.build_network_architecture(
-            self.plans, self.configuration,
-            determine_num_input_channels(self.plans, self.configuration, self.dataset_json),
+            self.plans, self.configuration, self.num_channels,
             self.plans.get_label_manager(self.dataset_json).num_segmentation_heads, enable_deep_supervision=False)
         try:
             network.load_state_dict(checkpoint["network_weights"])

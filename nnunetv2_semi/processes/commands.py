@@ -195,6 +195,18 @@ def exit_status_of(work: Callable[[], int]) -> int:
         return 1
 
 
+def exclusive_exit_status_of(work: Callable[[], int], lock: Path, refusal: str) -> int:
+    """`exit_status_of`, while no other process holds the file ``lock``. Raises UserError (``refusal``) where one does.
+    """
+    from filelock import FileLock, Timeout  # of an extra, which other commands do without
+
+    try:
+        with FileLock(lock, timeout=0):
+            return exit_status_of(work)
+    except Timeout as error:
+        raise UserError(refusal) from error
+
+
 def _signal_group(process: subprocess.Popen[bytes], signal_number: int) -> None:
     try:
         if hasattr(os, "killpg"):

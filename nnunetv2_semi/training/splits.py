@@ -19,13 +19,13 @@ def prepare_split(trainer: nnUNetTrainer) -> None:
     """Check the fold's part of splits_final.json, see `check_splits`, or write the file for few cases.
 
     Raises:
-        UserError: see `check_splits` and `write_small_split`.
+        UserError: see `check_splits`; a fold that few cases do not make.
     """
-    path = _splits_file(trainer)
     if trainer.fold == "all":
         return
+    path = os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
     if not os.path.isfile(path):
-        write_small_split(trainer)
+        _write_small_split(trainer, path)
         return
     splits, folder = read_splits(path), trainer.preprocessed_dataset_folder
     if trainer.fold < len(splits):
@@ -33,14 +33,8 @@ def prepare_split(trainer: nnUNetTrainer) -> None:
         check_splits({trainer.fold: splits[trainer.fold]}, cases, path, folder)
 
 
-def write_small_split(trainer: nnUNetTrainer) -> None:
-    """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases.
-
-    Does nothing where a split exists or fold is "all". Raises UserError for a fold that the cases do not make.
-    """
-    path = _splits_file(trainer)
-    if trainer.fold == "all" or os.path.isfile(path):
-        return
+def _write_small_split(trainer: nnUNetTrainer, path: str) -> None:
+    """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases."""
     folder = trainer.preprocessed_dataset_folder
     cases = infer_dataset_class(folder).get_identifiers(folder)
     if len(cases) >= NNUNET_FOLDS:
@@ -50,7 +44,3 @@ def write_small_split(trainer: nnUNetTrainer) -> None:
                         f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
     trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
     write_json_whole(path, compat.crossval_split(cases, len(cases)))
-
-
-def _splits_file(trainer: nnUNetTrainer) -> str:
-    return os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")

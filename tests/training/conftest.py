@@ -108,6 +108,17 @@ def phantom_workspace(tmp_path_factory: pytest.TempPathFactory, worker_threads: 
     shutil.rmtree(workspace, ignore_errors=True)
 
 
+@pytest.fixture
+def workspace(phantom_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the prepared phantom, to change at will."""
+    copy = tmp_path / "w"
+    shutil.copytree(phantom_workspace, copy, ignore=shutil.ignore_patterns("nnUNet_results"))
+    for folder in FOLDERS:
+        (copy / folder).mkdir(exist_ok=True)
+        monkeypatch.setenv(folder, str(copy / folder))
+    return copy
+
+
 def load_checkpoint(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=False)
 

@@ -1,7 +1,6 @@
 """What is wrong with dataset.json, names or the split ends before training, with a message."""
 
 import json
-import shutil
 
 import pytest
 
@@ -9,17 +8,6 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training import batches
 
 TRAINERS = ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiStock"]
-
-
-@pytest.fixture
-def workspace(phantom_workspace, tools, tmp_path, monkeypatch):
-    """A copy of the prepared phantom, to change at will."""
-    copy = tmp_path / "w"
-    shutil.copytree(phantom_workspace, copy, ignore=shutil.ignore_patterns("nnUNet_results"))
-    for folder in tools.folders:
-        (copy / folder).mkdir(exist_ok=True)
-        monkeypatch.setenv(folder, str(copy / folder))
-    return copy
 
 
 def cases_of(workspace):

@@ -15,17 +15,6 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training import checkpoints
 
 
-@pytest.fixture
-def workspace(phantom_workspace, tools, tmp_path, monkeypatch):
-    """A copy of the prepared phantom, to change at will."""
-    copy = tmp_path / "w"
-    shutil.copytree(phantom_workspace, copy, ignore=shutil.ignore_patterns("nnUNet_results"))
-    for folder in tools.folders:
-        (copy / folder).mkdir(exist_ok=True)
-        monkeypatch.setenv(folder, str(copy / folder))
-    return copy
-
-
 def weights(trainer):
     return {k: v.clone() for k, v in trainer.method.state_dict().items() if isinstance(v, torch.Tensor)}
 

@@ -13,7 +13,6 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import create_paths_fn, get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi.data.atomic_files import read_json_object
@@ -25,6 +24,7 @@ from nnunetv2_semi.data.raw_cases import (
     check_names_are_unlabelled,
     list_labelled_cases,
     list_unlabelled_cases,
+    raw_dataset_folder,
 )
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
@@ -62,7 +62,7 @@ def read_source(dataset_name_or_id: str) -> Source:
     Raises:
         UserError: there is no such data set, dataset.json cannot be used, or files are missing or misnamed.
     """
-    folder = _raw_folder(dataset_name_or_id)
+    folder = raw_dataset_folder(dataset_name_or_id)
     dataset_json = read_json_object(os.path.join(folder, "dataset.json")) or {}
     absent = [key for key in REQUIRED_KEYS if key not in dataset_json]
     if absent:
@@ -165,19 +165,6 @@ def label_values(file: str, reader: type[BaseReaderWriter]) -> tuple[frozenset[f
         raise
     except Exception as error:  # readers raise whatever their libraries do
         return frozenset(), one_line(error)
-
-
-def _raw_folder(dataset_name_or_id: str) -> str:
-    raw = os.environ.get("nnUNet_raw")
-    if not raw:
-        raise UserError("The environment variable nnUNet_raw is not set.")
-    try:
-        folder = os.path.join(raw, str(maybe_convert_to_dataset_name(dataset_name_or_id)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if not os.path.isdir(folder):
-        raise UserError(f"There is no folder {folder}.")
-    return folder
 
 
 def _test_cases(folder: str, ending: str) -> dict[str, Case]:

@@ -6,14 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from nnunetv2_semi.benchmark.datasets.source_cases import read_source
 from nnunetv2_semi.benchmark.self_training.models import run_shown
 from nnunetv2_semi.benchmark.study.execution import FINAL, continue_option
 from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.processes.commands import Progress, exit_status_of, finished_epochs
+from nnunetv2_semi.processes.commands import Progress, exclusive_exit_status_of, finished_epochs
 
 if TYPE_CHECKING:
     from nnunetv2_semi.benchmark.distillation.start import Start
@@ -74,11 +72,8 @@ def run(args: argparse.Namespace) -> int:
         _compare(start, out, args.device, mirroring=not args.disable_tta)
         return 0
 
-    try:
-        with FileLock(results / f".{name}.lock", timeout=0):
-            return exit_status_of(work)
-    except Timeout as error:
-        raise UserError(f"Another 'nnunetv2_semi distill' is at work on the same student ({name}).") from error
+    return exclusive_exit_status_of(work, results / f".{name}.lock",
+                                    f"Another 'nnunetv2_semi distill' is at work on the same student ({name}).")
 
 
 def _train(start: Start, out: Path, device: str, num_gpus: int) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from nnunetv2.configuration import default_num_processes
 
 from nnunetv2_semi.benchmark.datasets.source_cases import label_values, read_source
@@ -23,7 +22,7 @@ from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.processes.commands import CommandFailed, Progress, exit_status_of, prediction_options
+from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_exit_status_of, prediction_options
 
 OPTIONS = "selftrain_options.json"
 
@@ -77,11 +76,8 @@ def run(args: argparse.Namespace) -> int:
         SelfTraining(start, folders, out, args.device, args.num_gpus).run(args.rounds)
         return 0
 
-    try:
-        with FileLock(results / f".{name}.lock", timeout=0):
-            return exit_status_of(work)
-    except Timeout as error:
-        raise UserError(f"Another 'nnunetv2_semi selftrain' is at work on the same models ({name}).") from error
+    return exclusive_exit_status_of(work, results / f".{name}.lock",
+                                    f"Another 'nnunetv2_semi selftrain' is at work on the same models ({name}).")
 
 
 class SelfTraining:
