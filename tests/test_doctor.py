@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
 
 from nnunetv2_semi import doctor
-from nnunetv2_semi.data import case_names
+from nnunetv2_semi.data import case_names, file_contents
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor import environment
 from nnunetv2_semi.doctor.checks import Check, Level, listed, ok, problem, verdict, warning
@@ -157,6 +158,33 @@ def test_an_unlabelled_or_test_image_that_is_there_twice_is_a_warning(dataset: P
     assert findings(Level.PROBLEM) == []
     text = "\n".join(check.finding for check in findings(Level.WARNING))
     assert "again_000" in text and "test cases are training cases" in text
+
+
+def test_a_changed_copy_of_another_case_is_a_warning(dataset: Path) -> None:
+    for channel in range(2):
+        image = sitk.ReadImage(str(images(dataset, "imagesTr")[channel]))
+        copy = np.ascontiguousarray(sitk.GetArrayFromImage(image)[:, :, ::-1]).astype(np.float32) * 2 - 5
+        sitk.WriteImage(sitk.GetImageFromArray(copy), str(dataset / "imagesUn" / f"copy_000{channel}.nii.gz"))
+    assert findings(Level.PROBLEM) == []
+    found = [check for check in findings(Level.WARNING) if "seem to show the same scan" in check.finding]
+    assert "1 pairs of cases" in only(found).finding
+    assert f"copy_0000.nii.gz = {Path('imagesTr') / images(dataset, 'imagesTr')[0].name}" in only(found).finding
+
+
+def test_files_that_did_not_change_are_not_read_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    first = [check.line() for check in check_dataset("7")]
+    read: list[str] = []
+    for name in ("read_image", "read_label"):
+        function = getattr(file_contents, name)
+        monkeypatch.setattr(file_contents, name, lambda path, *args, function=function, **options: (
+            read.append(path), function(path, *args, **options))[1])  # fmt: skip
+    assert [check.line() for check in check_dataset("7")] == first and read == []
+    changed = images(dataset, "imagesUn")[0]
+    rewrite(changed)
+    assert [check.line() for check in check_dataset("7")] == first and read == [str(changed)]
 
 
 def test_images_without_label_are_named_with_where_to_move_them(dataset: Path) -> None:

@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semi.data.file_contents import FileContent
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor.checks import Check, Level
 from nnunetv2_semi.doctor.dataset import check_dataset
@@ -170,10 +171,11 @@ def test_unlabelled_intensities_far_outside_the_labelled_ones_are_a_warning(data
 
 def test_a_ct_in_other_units_is_a_warning_and_an_mr_is_not() -> None:
     labelled, unlabelled = {"a": ["a_0000.nii.gz"]}, {"b": ["b_0000.nii.gz"]}
-    intensities = {"a_0000.nii.gz": (-1000.0, -50.0, 2000.0), "b_0000.nii.gz": (0.0, 0.4, 1.0)}
+    contents = {name: FileContent(name, False, (1, 4, 4, 4), (1.0, 1.0, 1.0), intensities=intensities) for
+                name, intensities in (("a_0000.nii.gz", (-1000.0, -50.0, 2000.0)), ("b_0000.nii.gz", (0.0, 0.4, 1.0)))}
     for name, expected in (("CT", 1), ("T1", 0)):
         dataset_json = {"channel_names": {"0": name}, "file_ending": ".nii.gz"}
-        assert len(list(check_intensities(labelled, unlabelled, intensities, dataset_json))) == expected
+        assert len(list(check_intensities(labelled, unlabelled, contents, dataset_json))) == expected
 
 
 def test_labels_that_are_none_are_a_problem(dataset: Path) -> None:

@@ -32,7 +32,7 @@ def read_cached(
     *,
     made_by: Mapping[str, object],
     raw_dataset_folder: str,
-    cache_file: str,
+    cache_file: str | None,
     num_processes: int,
     description: str,
     show_progress_bar: bool = True,
@@ -49,7 +49,7 @@ def read_cached(
         from_json: makes one of what `dataclasses.asdict` gives, after a trip through JSON.
         made_by: what else the content depends on, such as the reader; a cache with other values is not used.
         raw_dataset_folder: paths below it are cached relative to it.
-        cache_file: JSON, written whole now and then and at the end.
+        cache_file: JSON, written whole now and then and at the end; None for no cache.
         num_processes: of the reading.
         description: of the progress bar.
         show_progress_bar: one step per file that has to be read.
@@ -58,7 +58,7 @@ def read_cached(
     Returns:
         Content by path, and the reason by path for files that cannot be read.
     """
-    cache = read_json_object(cache_file) or {}
+    cache = (read_json_object(cache_file) if cache_file else None) or {}
     known = cache.get("files", {}) if all(cache.get(key) == value for key, value in made_by.items()) else {}
     contents: dict[str, Content] = {}
     unreadable: dict[str, str] = {}
@@ -66,14 +66,16 @@ def read_cached(
     for path in files:
         try:
             stamps[path] = file_stamp(path)
-        except OSError as error:  # a link that leads nowhere
-            unreadable[path] = one_line(error)
+        except OSError as error:  # a link that leads nowhere, of which `read` says more
+            unreadable[path] = _content_or_reason(read, path)[1] or one_line(error)
             continue
         entry = known.get(_cache_key(path, raw_dataset_folder))
         if entry is not None and entry["stamp"] == stamps[path]:
             contents[path] = from_json(entry["content"])
 
     def save() -> bool:
+        if not cache_file:
+            return False
         for path, content in contents.items():
             known[_cache_key(path, raw_dataset_folder)] = {"stamp": stamps[path], "content": asdict(content)}
         return write_if_possible(cache_file, {**made_by, "files": known}, report)

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.case_records import CaseRecords
-from nnunetv2_semi.data.duplicates import ImageContent
+from nnunetv2_semi.data.file_contents import FileContent
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.preprocessed_images import image_problem
 from nnunetv2_semi.data.raw_cases import shown
@@ -63,7 +63,7 @@ class PreprocessingJob:
 def preprocess_missing(
     job: PreprocessingJob,
     cases: Mapping[str, list[str]],
-    contents: Mapping[str, ImageContent],
+    contents: Mapping[str, FileContent],
     lacking: Mapping[str, Sequence[int]],
     records: CaseRecords,
     num_processes: int,

@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.cached_reading import file_stamp
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
-from nnunetv2_semi.data.duplicates import ImageContent
+from nnunetv2_semi.data.file_contents import FileContent
 
 _RECORD_VERSION = 2
 _RECORDS_FOLDER = "records"
@@ -60,7 +60,7 @@ class CaseRecords:
         return sorted(name[: -len(".json")] for name in names if name.endswith(".json") and not name.startswith("."))
 
     def is_done(
-        self, case: str, contents: Sequence[ImageContent] | None = None, present: Sequence[int] | None = None
+        self, case: str, contents: Sequence[FileContent] | None = None, present: Sequence[int] | None = None
     ) -> bool:
         """Whether the case was finished for these plans and its files are still there.
 
@@ -87,7 +87,7 @@ class CaseRecords:
         self,
         case: str,
         raw_files: Sequence[str],
-        contents: Sequence[ImageContent],
+        contents: Sequence[FileContent],
         outputs: Mapping[str, int],
         present: Sequence[int] | None = None,
     ) -> None:
@@ -120,7 +120,7 @@ class CaseRecords:
         return os.path.join(self._records, case + ".json")
 
 
-def _as_json(content: ImageContent) -> dict:
+def _as_json(content: FileContent) -> dict:
     """What a preprocessed image depends on: its voxels and spacing, not where in the room they lie."""
     return json.loads(json.dumps({"digest": content.digest, "constant": content.constant, "shape": content.shape,
                                   "spacing": content.spacing}))

@@ -39,6 +39,9 @@ def check_file_complete(path: str) -> None:
 def _decompressed_size(path: str) -> int:
     size = 0
     with gzip.open(path) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            size += len(chunk)
+        try:
+            while chunk := stream.read(_CHUNK_BYTES):
+                size += len(chunk)
+        except EOFError as error:
+            raise EOFError(f"the file is truncated ({error})") from error
     return size

@@ -11,7 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS, channels_of_case
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.data.file_integrity import check_file_complete
+from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.present_channels import FILL
 
 Case = tuple[np.ndarray, np.ndarray, dict]
@@ -47,9 +48,12 @@ class FillingPreprocessor(DefaultPreprocessor):
             Image (C, *spatial) with all channels of the data set, segmentation (1, *spatial), and properties.
 
         Raises:
-            UserError: see `nnunetv2_semi.data.case_channels.channels_of_case`.
+            UserError: a file that is damaged, which readers fill up with zeros; see also
+                `nnunetv2_semi.data.case_channels.channels_of_case`.
         """
         content: dict = load_json(dataset_json) if isinstance(dataset_json, str) else dataset_json
+        for file in (*image_files, *([seg_file] if seg_file is not None else [])):
+            _refuse_damaged(file)
         if not image_files:
             channels_of_case(image_files, 0, content)  # raises: readers want a file
         reader = plans_manager.image_reader_writer_class()
@@ -105,6 +109,16 @@ class FillingPreprocessor(DefaultPreprocessor):
             filled[present] = data
             data = filled
         return data, seg, properties
+
+
+def _refuse_damaged(file: str) -> None:
+    try:
+        check_file_complete(file)
+    except Exception as error:  # whatever the libraries raise that decompress and read
+        raise UserError(
+            f"{file} is damaged: {one_line(error)}. Replace or remove it, and start again: nnUNetv2_predict keeps what "
+            f"it has predicted and goes on with the other cases if you add --continue_prediction."
+        ) from error
 
 
 def _plans_of_channels(plans_manager: PlansManager, channels: Sequence[int]) -> PlansManager:

@@ -6,39 +6,15 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
-import pandas as pd
-from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_semi.data.cached_reading import read_cached
-from nnunetv2_semi.data.duplicates import voxels_digest
-from nnunetv2_semi.data.file_integrity import check_file_complete
+from nnunetv2_semi.data.file_contents import FileContent, file_contents
 from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
 from nnunetv2_semi.errors import UserError
 
-LABELS_FILE = "semi_label_contents.json"
-_CACHE_VERSION = 2
-_VALUES_KEPT = 1000  # of a label that is an image by mistake there are as many as voxels
 _VALUES_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class LabelContent:
-    """What one label file holds.
-
-    Attributes:
-        digest: BLAKE2b of shape and decoded voxels (hexadecimal), as of an image; its spacing is that of the image.
-        channels: 1 for a label.
-        values: different voxel values, in ascending order; the first 1000.
-    """
-
-    digest: str
-    channels: int
-    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +28,7 @@ class Labels:
     """
 
     files: Mapping[str, str]
-    contents: Mapping[str, LabelContent]
+    contents: Mapping[str, FileContent]
     unreadable: Mapping[str, str]
 
 
@@ -67,46 +43,6 @@ def label_files(raw_dataset_folder: str, dataset_json: dict) -> dict[str, str]:
             for case in list_labelled_cases(raw_dataset_folder, dataset_json)}
 
 
-def read_label(path: str, reader_name: str) -> LabelContent:
-    """Read one label file with nnU-Net's reader of that name.
-
-    Raises:
-        Exception: whatever the reader or `check_file_complete` raises on a damaged file.
-    """
-    check_file_complete(path)
-    voxels, _ = recursive_find_reader_writer_by_name(reader_name)().read_seg(path)
-    voxels = np.ascontiguousarray(voxels, dtype=np.float32)
-    digest = voxels_digest(voxels)
-    # Without sorting, unlike numpy's: label files have up to 10^9 voxels.
-    values = sorted(float(value) for value in pd.unique(voxels.ravel()))
-    return LabelContent(digest, len(voxels), tuple(values[:_VALUES_KEPT]))
-
-
-def label_contents(
-    files: Sequence[str],
-    *,
-    raw_dataset_folder: str,
-    cache_file: str,
-    reader_name: str,
-    num_processes: int,
-    show_progress_bar: bool = True,
-    report: Callable[[str], None] = print,
-) -> tuple[dict[str, LabelContent], dict[str, str]]:
-    """Content of each label file, and the reason by path for files that cannot be read; see `read_cached`."""
-    return read_cached(
-        files,
-        partial(read_label, reader_name=reader_name),
-        lambda entry: LabelContent(entry["digest"], entry["channels"], tuple(entry["values"])),
-        made_by={"version": _CACHE_VERSION, "reader": reader_name},
-        raw_dataset_folder=raw_dataset_folder,
-        cache_file=cache_file,
-        num_processes=num_processes,
-        description="Reading labels",
-        show_progress_bar=show_progress_bar,
-        report=report,
-    )
-
-
 def read_labels(
     plans_manager: PlansManager,
     dataset_json: dict,
@@ -117,10 +53,11 @@ def read_labels(
 ) -> Labels:
     """Read the label of each labelled case of the raw data set, with the cache beside its preprocessed cases."""
     files = label_files(raw_dataset_folder, dataset_json)
-    contents, unreadable = label_contents(
+    contents, unreadable = file_contents(
         list(files.values()),
+        labels=True,
+        cache_folder=os.path.join(nnUNet_preprocessed, plans_manager.dataset_name),
         raw_dataset_folder=raw_dataset_folder,
-        cache_file=os.path.join(nnUNet_preprocessed, plans_manager.dataset_name, LABELS_FILE),
         reader_name=plans_manager.plans["image_reader_writer"],
         num_processes=num_processes,
         show_progress_bar=show_progress_bar,
@@ -155,7 +92,7 @@ def check_label_files(labels: Labels, dataset_json: dict) -> None:
     for file in labels.files.values():
         if file in labels.contents:
             content = labels.contents[file]
-            mistake = label_mistake(content.channels, content.values, dataset_json)
+            mistake = label_mistake(content.shape[0], content.values, dataset_json)
             mistakes += [f"{file} ({mistake})"] if mistake else []
     if mistakes:
         raise UserError(

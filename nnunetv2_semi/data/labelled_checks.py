@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_semi.data.label_files import check_label_files, read_labels
-from nnunetv2_semi.data.labelled_comparison import Comparison, compare_with_raw, labelled_folder, names_preprocessed
-from nnunetv2_semi.data.raw_cases import shown
+from nnunetv2_semi.data.file_contents import FileContent, geometry_difference
+from nnunetv2_semi.data.label_files import Labels, check_label_files, read_labels
+from nnunetv2_semi.data.labelled_comparison import (
+    Comparison,
+    compare_with_raw,
+    labelled_folder,
+    names_preprocessed,
+    read_labelled,
+)
+from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
 from nnunetv2_semi.data.raw_checks import check_labelled_case_names
 from nnunetv2_semi.errors import UserError
 
@@ -37,8 +44,8 @@ def check_labelled_cases(
         show_progress_bar: of reading and comparing.
 
     Raises:
-        UserError: no preprocessed case; cases that differ; the mistakes listed in `check_labelled_case_names`; see
-            `check_label_files`.
+        UserError: no preprocessed case; cases that differ; labels or channels on another grid; the mistakes
+            listed in `check_labelled_case_names`; see `check_label_files`.
     """
     folder = labelled_folder(plans_manager, configuration_manager)
     command = preprocessing_command(plans_manager, configuration_manager)
@@ -48,18 +55,21 @@ def check_labelled_cases(
         return
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
     check_labelled_case_names(raw_dataset_folder, os.path.dirname(folder), dataset_json)
-    labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
+    images, labels = read_labelled(
+        plans_manager, dataset_json, num_processes=num_processes, report=report, show_progress_bar=show_progress_bar
+    )
     check_label_files(labels, dataset_json)
+    _check_grids(list_labelled_cases(raw_dataset_folder, dataset_json), images, labels)
     found = compare_with_raw(
-        plans_manager, configuration_manager, dataset_json, labels=labels, num_processes=num_processes, report=report,
-        show_progress_bar=show_progress_bar,
+        plans_manager, configuration_manager, dataset_json, images=images, labels=labels, num_processes=num_processes,
+        report=report, show_progress_bar=show_progress_bar,
     )  # fmt: skip
     if not found.agrees:
         raise UserError(disagreement_message(found, raw_dataset_folder, folder, command))
     if found.unusable:
-        images = [f"{case} ({reason})" for case, reason in found.unusable.items()]
+        no_images = [f"{case} ({reason})" for case, reason in found.unusable.items()]
         raise UserError(
-            f"{len(images)} labelled case(s) in {folder} are no images: {shown(images)}. Replace their files in "
+            f"{len(no_images)} labelled case(s) in {folder} are no images: {shown(no_images)}. Replace their files in "
             f"{raw_dataset_folder}, or remove the cases; then run: {command}"
         )
 
@@ -71,6 +81,18 @@ def check_labels_before_preprocessing(
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
     labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, print)
     check_label_files(labels, dataset_json)
+
+
+def _check_grids(cases: Mapping[str, list[str]], images: Mapping[str, FileContent], labels: Labels) -> None:
+    contents = {**images, **labels.contents}
+    differing = [f"{case} ({difference})" for case, files in cases.items()
+                 if (difference := geometry_difference([*files, labels.files[case]], contents))]
+    if differing:
+        raise UserError(
+            f"{len(differing)} labelled case(s) have channels or labels that lie elsewhere than their first channel: "
+            f"{shown(differing)}. Resample them to one grid per case; or, if the voxels do fit, copy the header of the "
+            f"first channel. Then preprocess the data set again."
+        )
 
 
 def disagreement_message(found: Comparison, raw_dataset_folder: str, folder: str, command: str) -> str:

@@ -23,9 +23,9 @@ from nnunetv2_semi.data.cached_reading import companion_files, write_if_possible
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, stored_image_problem
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.data.duplicates import HASHES_FILE, ImageContent, image_contents
+from nnunetv2_semi.data.file_contents import FileContent, file_contents
 from nnunetv2_semi.data.grids import same_spacing
-from nnunetv2_semi.data.label_files import LabelContent, Labels, read_labels
+from nnunetv2_semi.data.label_files import Labels, read_labels
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
@@ -78,13 +78,38 @@ def labelled_folder(plans_manager: PlansManager, configuration_manager: Configur
     return os.path.join(nnUNet_preprocessed, plans_manager.dataset_name, configuration_manager.data_identifier)
 
 
+def read_labelled(
+    plans_manager: PlansManager,
+    dataset_json: dict,
+    *,
+    num_processes: int,
+    report: Callable[[str], None] = print,
+    show_progress_bar: bool = True,
+) -> tuple[dict[str, FileContent], Labels]:
+    """Read images, by file, and labels of the labelled cases of the raw data set, with the caches beside the plans."""
+    raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
+    images, unreadable = file_contents(
+        [file for files in list_labelled_cases(raw_dataset_folder, dataset_json).values() for file in files],
+        cache_folder=os.path.join(nnUNet_preprocessed, plans_manager.dataset_name),
+        raw_dataset_folder=raw_dataset_folder,
+        reader_name=plans_manager.plans["image_reader_writer"],
+        num_processes=num_processes,
+        show_progress_bar=show_progress_bar,
+        report=report,
+    )
+    labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
+    for file, reason in unreadable.items():
+        report(f"WARNING: {file} cannot be read ({reason}), so its preprocessed case was not compared with it.")
+    return images, labels
+
+
 def compare_with_raw(
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
     dataset_json: dict,
     *,
-    images: Mapping[str, ImageContent] | None = None,
-    labels: Labels | None = None,
+    images: Mapping[str, FileContent],
+    labels: Labels,
     num_processes: int,
     report: Callable[[str], None] = print,
     show_progress_bar: bool = True,
@@ -94,30 +119,13 @@ def compare_with_raw(
     What a case was made of is recorded when it is first seen: then its size and voxel size are compared, and where a
     raw file is younger than the preprocessed one, or its label is another than nnU-Net's copy, the case is preprocessed
     in memory and compared voxel by voxel. From then on contents tell, and a copied or touched file is the same.
-    Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`; `images` (by file) and `labels` where they
-    have been read already.
+    Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`, and `images` (by file) and `labels` as
+    `read_labelled` gives them: cases with files that it could not read are not compared.
     """
     folder = labelled_folder(plans_manager, configuration_manager)
-    raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
-    labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
+    labelled = list_labelled_cases(os.path.join(nnUNet_raw, plans_manager.dataset_name), dataset_json)
     there = names_preprocessed(folder)
-    both = sorted(set(labelled) & there)
-    unreadable: Mapping[str, str] = {}
-    if images is None:
-        images, unreadable = image_contents(
-            [file for case in both for file in labelled[case]],
-            raw_dataset_folder=raw_dataset_folder,
-            cache_file=os.path.join(os.path.dirname(folder), HASHES_FILE),
-            reader_name=plans_manager.plans["image_reader_writer"],
-            num_processes=num_processes,
-            show_progress_bar=show_progress_bar,
-            report=report,
-        )
-    if labels is None:
-        labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
-    for file, reason in {**unreadable, **labels.unreadable}.items():
-        report(f"WARNING: {file} cannot be read ({reason}), so its preprocessed case was not compared with it.")
-    files = {case: (labelled[case], labels.files[case]) for case in both}
+    files = {case: (labelled[case], labels.files[case]) for case in sorted(set(labelled) & there)}
     files = {case: (channels, label) for case, (channels, label) in files.items()
              if label in labels.contents and all(file in images for file in channels)}
     raw = {case: _raw_identity([images[file] for file in channels], labels.contents[label])
@@ -133,7 +141,7 @@ def _changed_and_unusable(
     job: PreprocessingJob,
     raw: Mapping[str, dict],
     files: Mapping[str, tuple[list[str], str]],
-    images: Mapping[str, ImageContent],
+    images: Mapping[str, FileContent],
     num_processes: int,
     show_progress_bar: bool,
     report: Callable[[str], None],
@@ -205,7 +213,7 @@ def _close(first: np.ndarray, second: np.ndarray) -> bool:
     return first.shape == second.shape and np.allclose(first, second, _TOLERANCE, _TOLERANCE, equal_nan=True)
 
 
-def _header_difference(job: PreprocessingJob, case: str, images: Sequence[ImageContent]) -> str | None:
+def _header_difference(job: PreprocessingJob, case: str, images: Sequence[FileContent]) -> str | None:
     with open(os.path.join(job.folder, f"{case}.pkl"), "rb") as file:
         properties = pickle.load(file)
     total = num_channels(job.dataset_json)
@@ -243,6 +251,6 @@ def _preprocessed_identity(folder: str, case: str) -> list | None:
         return [*sizes, hashlib.blake2b(file.read(), digest_size=20).hexdigest()]
 
 
-def _raw_identity(images: Sequence[ImageContent], label: LabelContent) -> dict:
+def _raw_identity(images: Sequence[FileContent], label: FileContent) -> dict:
     contents = [[image.digest, list(image.shape), list(image.spacing)] for image in images]
     return {"images": contents, "label": label.digest}

@@ -14,13 +14,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_semi.data.case_channels import channels_of_cases, lacking_channels, lacking_warning
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
 from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
-from nnunetv2_semi.data.duplicates import (
-    HASHES_FILE,
-    ImageContent,
-    find_duplicates,
-    geometry_difference,
-    image_contents,
-)
+from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes
+from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometry_difference
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
     UNLABELLED_FOLDER,
@@ -104,10 +99,10 @@ def prepare_unlabelled(
         with contextlib.suppress(OSError):  # matters only where the raw data is not, in a folder that is read-only
             records.forget(case)
     labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
-    contents, unreadable_files = image_contents(
+    contents, unreadable_files = file_contents(
         [file for files in (*labelled.values(), *cases.values()) for file in files],
         raw_dataset_folder=raw_dataset_folder,
-        cache_file=os.path.join(preprocessed_dataset_folder, HASHES_FILE),
+        cache_folder=preprocessed_dataset_folder,
         reader_name=plans_manager.plans["image_reader_writer"],
         num_processes=num_processes,
         show_progress_bar=show_progress_bar,
@@ -117,6 +112,11 @@ def prepare_unlabelled(
         report(
             f"WARNING: {os.path.basename(duplicate.file)} and {os.path.basename(duplicate.other_file)} in "
             f"{UNLABELLED_FOLDER} are the same image. It will be seen twice as often as others."
+        )
+    for pair in (*find_look_alikes(cases, contents, labelled), *find_look_alikes(cases, contents)):
+        report(
+            f"WARNING: {os.path.basename(pair.file)} in {UNLABELLED_FOLDER} and {os.path.basename(pair.other_file)} "
+            f"{LOOK_ALIKE}. If they do, remove the first: the other may be a validation case, or is seen too often."
         )
     unusable = _unreadable_cases(cases, contents, unreadable_files)
     unusable |= _cases_of_impossible_size(
@@ -144,7 +144,7 @@ def prepare_unlabelled(
 
 
 def _refuse_labelled_images(
-    cases: Mapping[str, list[str]], labelled: Mapping[str, list[str]], contents: Mapping[str, ImageContent]
+    cases: Mapping[str, list[str]], labelled: Mapping[str, list[str]], contents: Mapping[str, FileContent]
 ) -> None:
     duplicates = find_duplicates(cases, contents, labelled)
     if duplicates:
@@ -157,7 +157,7 @@ def _refuse_labelled_images(
 
 
 def _unreadable_cases(
-    cases: Mapping[str, list[str]], contents: Mapping[str, ImageContent], unreadable_files: Mapping[str, str]
+    cases: Mapping[str, list[str]], contents: Mapping[str, FileContent], unreadable_files: Mapping[str, str]
 ) -> dict[str, str]:
     """Case name to the file(s) that cannot be read, with the reasons."""
     unreadable: dict[str, str] = {}
@@ -173,7 +173,7 @@ def _unreadable_cases(
 
 def _cases_of_impossible_size(
     cases: Mapping[str, list[str]],
-    contents: Mapping[str, ImageContent],
+    contents: Mapping[str, FileContent],
     plans_manager: PlansManager,
     configuration_manager: ConfigurationManager,
 ) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from nnunetv2_semi.data.case_channels import channel_names, channels_and_mistakes, lacking_finding
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
-from nnunetv2_semi.data.duplicates import ImageContent
+from nnunetv2_semi.data.file_contents import FileContent
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.planning.fingerprint import check_statistics
@@ -22,7 +22,7 @@ _REMEDIES = {
 
 
 def check_channels(
-    groups: Mapping[str, Mapping[str, Sequence[str]]], contents: Mapping[str, ImageContent], dataset_json: dict
+    groups: Mapping[str, Mapping[str, Sequence[str]]], contents: Mapping[str, FileContent], dataset_json: dict
 ) -> Iterator[Check]:
     """Which modalities the cases have, which cases lack channels, and files that hold other channels than they should.
 

@@ -72,7 +72,7 @@ def check_dataset(dataset_name_or_id: str) -> Iterator[Check]:
     layout_checks, cases = _check_layout(folder, dataset_json)
     yield from layout_checks
     plans = plans_of(os.path.basename(folder))
-    yield from check_images(cases.labelled, cases.unlabelled, cases.test, cases.labels, dataset_json, plans)
+    yield from check_images(cases.labelled, cases.unlabelled, cases.test, cases.labels, folder, dataset_json, plans)
 
 
 def _raw_folder(dataset_name_or_id: str) -> str:

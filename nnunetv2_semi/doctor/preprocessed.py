@@ -15,8 +15,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.dataset_settings import named_channels
-from nnunetv2_semi.data.duplicates import ImageContent
-from nnunetv2_semi.data.label_files import LabelContent, Labels
+from nnunetv2_semi.data.file_contents import FileContent
+from nnunetv2_semi.data.label_files import Labels
 from nnunetv2_semi.data.labelled_checks import preprocessing_command
 from nnunetv2_semi.data.labelled_comparison import compare_with_raw, labelled_folder, names_preprocessed
 from nnunetv2_semi.data.raw_cases import channel_numbers
@@ -47,8 +47,8 @@ def plans_of(dataset_name: str) -> dict[str, Plan]:
 
 
 def check_preprocessed(
-    plans: Mapping[str, Plan], contents: Mapping[str, ImageContent], labels: Mapping[str, str],
-    label_values: Mapping[str, Sequence[float]], dataset_json: dict,
+    plans: Mapping[str, Plan], contents: Mapping[str, FileContent], labels: Mapping[str, str],
+    dataset_json: dict,
 ) -> Iterator[Check]:
     """Whether the preprocessed labelled cases are those of the raw data set, and images.
 
@@ -56,11 +56,9 @@ def check_preprocessed(
         plans: see `plans_of`.
         contents: of the image and label files that can be read.
         labels: label file of each labelled case.
-        label_values: voxel values of the label files.
         dataset_json: content of dataset.json.
     """
-    read = Labels(labels, {file: LabelContent(contents[file].digest, contents[file].shape[0], tuple(label_values[file]))
-                           for file in labels.values() if file in contents}, {})  # fmt: skip
+    read = Labels(labels, {file: contents[file] for file in labels.values() if file in contents}, {})
     done: set[str] = set()
     for manager, configuration in plans.values():
         folder = labelled_folder(manager, configuration)
@@ -89,7 +87,7 @@ def check_preprocessed(
 
 
 def check_sizes(
-    plans: Mapping[str, Plan], labelled: Cases, unlabelled: Cases, contents: Mapping[str, ImageContent]
+    plans: Mapping[str, Plan], labelled: Cases, unlabelled: Cases, contents: Mapping[str, FileContent]
 ) -> Iterator[Check]:
     """Whether every case can be resampled to each plan, or else to a usual voxel size of labelled cases."""
     first = {case: contents[files[0]] for cases in (labelled, unlabelled) for case, files in cases.items()
@@ -123,27 +121,27 @@ def check_sizes(
 
 
 def check_intensities(
-    labelled: Cases, unlabelled: Cases, intensities: Mapping[str, Sequence[float]], dataset_json: dict
+    labelled: Cases, unlabelled: Cases, contents: Mapping[str, FileContent], dataset_json: dict
 ) -> Iterator[Check]:
     """Whether unlabelled images have intensities far outside those of the labelled ones, channel by channel.
 
     Args:
         labelled: case name to image files; `unlabelled` likewise.
-        intensities: lowest, median and highest of each image file that can be read.
+        contents: of the image files that can be read.
         dataset_json: content of dataset.json.
     """
     ranges: dict[int, list[Sequence[float]]] = {}
     for files in labelled.values():
         for channel, file in _by_channel(files, dataset_json):
-            if file in intensities:
-                ranges.setdefault(channel, []).append(intensities[file])
+            if file in contents:
+                ranges.setdefault(channel, []).append(contents[file].intensities)
     outside = []
     for files in unlabelled.values():
         for channel, file in _by_channel(files, dataset_json):
-            if file in intensities and channel in ranges:
+            if file in contents and channel in ranges:
                 usual = ranges[channel]
                 low, high = min(lowest for lowest, _, _ in usual), max(highest for _, _, highest in usual)
-                lowest, median, highest = intensities[file]
+                lowest, median, highest = contents[file].intensities
                 margin = _FAR_OUTSIDE * (high - low)
                 narrow = _is_ct(channel, dataset_json) and highest - lowest < min(
                     top - bottom for bottom, _, top in usual) / _MUCH_NARROWER
@@ -155,7 +153,7 @@ def check_intensities(
                       f"{listed(outside)}", "see whether they are what their names say, in the same unit, undamaged")
 
 
-def _plan_of(contents: Sequence[ImageContent]) -> Plan:
+def _plan_of(contents: Sequence[FileContent]) -> Plan:
     spacing = np.median([content.spacing for content in contents], axis=0).tolist()
     return (PlansManager({"transpose_forward": list(range(len(spacing)))}),
             ConfigurationManager({"spacing": spacing, "architecture": {}}))

@@ -9,7 +9,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2_semi.data import case_preprocessing
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
 from nnunetv2_semi.data.case_records import CaseRecords
-from nnunetv2_semi.data.duplicates import ImageContent
+from nnunetv2_semi.data.file_contents import FileContent
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.errors import UserError
 
@@ -56,7 +56,7 @@ class Cases:
         for file in (file for files in self.files.values() for file in files):
             with open(file, "w") as raw:
                 raw.write(file)
-            self.contents[file] = ImageContent(file, False, (1, 2, 2, 2), (1.0, 1.0, 1.0))
+            self.contents[file] = FileContent(file, False, (1, 2, 2, 2), (1.0, 1.0, 1.0))
         self.job = PreprocessingJob(None, None, {}, StandIn, str(self.folder))
         self.records = CaseRecords(str(self.folder), "digest")
 

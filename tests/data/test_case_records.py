@@ -5,9 +5,9 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
-from nnunetv2_semi.data.duplicates import ImageContent
+from nnunetv2_semi.data.file_contents import FileContent
 
-CONTENTS = [ImageContent(digest, False, (1, 4, 5, 6), (1.0, 0.5, 0.5)) for digest in ("aa", "bb")]
+CONTENTS = [FileContent(digest, False, (1, 4, 5, 6), (1.0, 0.5, 0.5)) for digest in ("aa", "bb")]
 PLANS = {
     "image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2], "plans_name": "Plans",
     "foreground_intensity_properties_per_channel": {"0": {"mean": 100.0}},
@@ -62,8 +62,8 @@ def test_other_plans_make_it_undone(records, folder):
 
 
 @pytest.mark.parametrize("contents", [
-    CONTENTS[::-1], CONTENTS[:1], [CONTENTS[0], ImageContent("bb", False, (1, 4, 5, 6), (1.0, 0.5, 0.6))],
-    [CONTENTS[0], ImageContent("cc", False, (1, 4, 5, 6), (1.0, 0.5, 0.5))]],
+    CONTENTS[::-1], CONTENTS[:1], [CONTENTS[0], FileContent("bb", False, (1, 4, 5, 6), (1.0, 0.5, 0.6))],
+    [CONTENTS[0], FileContent("cc", False, (1, 4, 5, 6), (1.0, 0.5, 0.5))]],
     ids=["swapped", "one less", "other spacing", "other voxels"])
 def test_other_raw_images_make_it_undone_but_not_where_there_are_none_to_compare_with(records, contents):
     assert not records.is_done("a", contents)

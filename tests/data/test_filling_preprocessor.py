@@ -232,3 +232,14 @@ def test_dataset_json_may_be_a_path(tiny):
     path = str(tiny.raw_folder / "dataset.json")
     _, _, properties = FillingPreprocessor(False).run_case([raw_file(tiny, "lab_a", 1)], None, *tiny.managers(), path)
     assert properties["present_channels"] == [1]
+
+
+@pytest.mark.parametrize("as_label", [False, True])
+def test_a_damaged_file_is_refused_by_name_and_not_filled_up_with_zeros(tiny, as_label):
+    image, label = raw_file(tiny, "lab_a", 0), label_file(tiny, "lab_a")
+    damaged = label if as_label else image
+    with open(damaged, "r+b") as file:
+        file.truncate(60)
+    with pytest.raises(UserError) as error:
+        FillingPreprocessor(False).run_case([image], label if as_label else None, *tiny.managers(), tiny.dataset_json)
+    assert str(error.value).startswith(f"{damaged} is damaged: ") and "--continue_prediction" in str(error.value)

@@ -11,7 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2_semi.data import cached_reading, labelled_comparison
 from nnunetv2_semi.data.label_files import label_mistake
 from nnunetv2_semi.data.labelled_checks import check_labelled_cases, check_labels_before_preprocessing
-from nnunetv2_semi.data.labelled_comparison import compare_with_raw
+from nnunetv2_semi.data.labelled_comparison import compare_with_raw, read_labelled
 from nnunetv2_semi.errors import UserError
 
 COMMAND = "nnUNetv2_preprocess -d 1 -plans_name Plans -c 3d_fullres"
@@ -299,8 +299,21 @@ def test_voxels_that_are_no_number_are_no_label():
 
 
 def test_a_comparison_that_agrees_says_so(preprocessed):
-    found = compare_with_raw(*preprocessed.managers(), preprocessed.dataset_json, num_processes=1,
-                             show_progress_bar=False)
+    plans, configuration = preprocessed.managers()
+    images, labels = read_labelled(plans, preprocessed.dataset_json, num_processes=1, show_progress_bar=False)
+    found = compare_with_raw(plans, configuration, preprocessed.dataset_json, images=images, labels=labels,
+                             num_processes=1, show_progress_bar=False)
     assert found.agrees and found.findings() == [] and found.unusable == {}
     folder = str(preprocessed.labelled_folder)
     assert len(infer_dataset_class(folder).get_identifiers(folder)) == 2
+
+
+@pytest.mark.parametrize("which", ["label", "second channel"])
+def test_a_label_or_channel_on_another_grid_is_named(preprocessed, which):
+    file = label(preprocessed, "lab_b") if which == "label" else images(preprocessed, "lab_b")[1]
+    image = sitk.ReadImage(file)
+    image.SetOrigin((9.0, 0.0, 0.0))
+    sitk.WriteImage(image, file)
+    text = message(preprocessed)
+    assert text.startswith("1 labelled case(s) have channels or labels that lie elsewhere")
+    assert "lab_b (origin" in text and os.path.basename(file) in text

@@ -260,6 +260,22 @@ def test_an_unlabelled_image_present_twice_is_reported(tiny):
     assert any("un_c_0000.nii.gz and un_a_0000.nii.gz" in line for line in lines)
 
 
+def test_an_unlabelled_image_that_seems_to_be_a_changed_copy_is_reported(tiny):
+    import SimpleITK as sitk
+
+    for channel in range(2):
+        for source, case in (("imagesTr/lab_a", "un_b"), ("imagesUn/un_a", "un_c")):
+            voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(tiny.raw_folder / f"{source}_000{channel}.nii.gz")))
+            copy = np.ascontiguousarray(voxels[:, ::-1]).astype(np.float32) * 1.5 + 10
+            sitk.WriteImage(sitk.GetImageFromArray(copy), str(raw_file(tiny, case, channel)))
+    lines = []
+    assert prepare(tiny, report=lines.append).identifiers == CASES
+    warnings = [line for line in lines if "seem to show the same scan" in line]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("WARNING: un_b_0000.nii.gz in imagesUn and lab_a_0000.nii.gz seem")
+    assert warnings[1].startswith("WARNING: un_c_0000.nii.gz in imagesUn and un_a_0000.nii.gz seem")
+
+
 def test_without_raw_data_finished_cases_are_used(tiny, monkeypatch):
     prepare(tiny)
     (tiny.unlabelled_folder / "un_b.b2nd").unlink()

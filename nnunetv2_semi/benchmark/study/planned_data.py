@@ -62,15 +62,16 @@ def _is_preprocessed(study: Study, plans_file: Path, raw: Path) -> bool:
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunetv2_semi.data.labelled_comparison import compare_with_raw
+    from nnunetv2_semi.data.labelled_comparison import compare_with_raw, read_labelled
 
     dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     plans = PlansManager(json.loads(plans_file.read_text(encoding="utf-8")))
     if study.configuration not in plans.available_configurations:
         raise UserError(f"{plans_file} has no configuration {study.configuration}; it has "
                         f"{', '.join(plans.available_configurations)}.")
-    return compare_with_raw(plans, plans.get_configuration(study.configuration), dataset_json,
-                            num_processes=default_num_processes).agrees
+    images, labels = read_labelled(plans, dataset_json, num_processes=default_num_processes)
+    return compare_with_raw(plans, plans.get_configuration(study.configuration), dataset_json, images=images,
+                            labels=labels, num_processes=default_num_processes).agrees
 
 
 def write_split(study: Study, job: Job) -> None:
