@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
@@ -113,23 +113,20 @@ def prepare_unlabelled(
             f"WARNING: {os.path.basename(duplicate.file)} and {os.path.basename(duplicate.other_file)} in "
             f"{UNLABELLED_FOLDER} are the same image. It will be seen twice as often as others."
         )
-    for pair in (*find_look_alikes(cases, contents, labelled), *find_look_alikes(cases, contents)):
-        report(
-            f"WARNING: {os.path.basename(pair.file)} in {UNLABELLED_FOLDER} and {os.path.basename(pair.other_file)} "
-            f"{LOOK_ALIKE}. If they do, remove the first: the other may be a validation case, or is seen too often."
-        )
     unusable = _unreadable_cases(cases, contents, unreadable_files)
     unusable |= _cases_of_impossible_size(
-        {case: files for case, files in cases.items() if case not in unusable},
-        contents, plans_manager, configuration_manager,
-    )  # fmt: skip
+        _without(cases, unusable), contents, plans_manager, configuration_manager
+    )
     job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, preprocessor_class, folder)
-    readable = {case: files for case, files in cases.items() if case not in unusable}
+    readable = _without(cases, unusable)
     channels_read = {case: sum(contents[file].shape[0] for file in files) for case, files in readable.items()}
     channels = channels_of_cases(readable, channels_read, dataset_json)
     if warning := lacking_warning(channels, dataset_json, "unlabelled"):
         report(warning)
     lacking = lacking_channels(channels, dataset_json)
+    new = {case: files for case, files in readable.items()
+           if not records.is_done(case, [contents[file] for file in files], lacking.get(case))}
+    _report_look_alikes(new, {**labelled, **_without(readable, new)}, contents, report)
     no_images = preprocess_missing(job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
     unusable |= {case: f"{', '.join(readable[case])} ({problem})" for case, problem in no_images.items()}
 
@@ -153,6 +150,20 @@ def _refuse_labelled_images(
             f"{len(duplicates)} unlabelled case(s) in {UNLABELLED_FOLDER} hold the same image as a labelled case in "
             f"{LABELLED_FOLDER}: {pairs}. Labelled cases, and with them those of the validation split, must not be "
             f"unlabelled training data: remove these cases from {UNLABELLED_FOLDER}."
+        )
+
+
+def _report_look_alikes(
+    new: Mapping[str, list[str]],
+    others: Mapping[str, list[str]],
+    contents: Mapping[str, FileContent],
+    report: Callable[[str], None],
+) -> None:
+    """Name new cases that seem to be copies: once, since to compare thousands of cases takes minutes."""
+    for pair in (*find_look_alikes(new, contents, others), *find_look_alikes(new, contents)):
+        report(
+            f"WARNING: {os.path.basename(pair.file)} in {UNLABELLED_FOLDER} and {os.path.basename(pair.other_file)} "
+            f"{LOOK_ALIKE}. If they do, remove the first: the other may be a validation case, or is seen too often."
         )
 
 
@@ -234,6 +245,10 @@ def _no_case_message(raw_dataset_folder: str, dataset_json: dict) -> str:
         f"There are no unlabelled cases: {folder} {state}. Put the unlabelled images there, named "
         f"{naming_rule(dataset_json)}, without label files."
     )
+
+
+def _without(cases: Mapping[str, list[str]], others: Container[str]) -> dict[str, list[str]]:
+    return {case: files for case, files in cases.items() if case not in others}
 
 
 def _files(cases: Mapping[str, list[str]]) -> set[str]:

@@ -274,6 +274,9 @@ def test_an_unlabelled_image_that_seems_to_be_a_changed_copy_is_reported(tiny):
     assert len(warnings) == 2
     assert warnings[0].startswith("WARNING: un_b_0000.nii.gz in imagesUn and lab_a_0000.nii.gz seem")
     assert warnings[1].startswith("WARNING: un_c_0000.nii.gz in imagesUn and un_a_0000.nii.gz seem")
+    lines.clear()
+    prepare(tiny, report=lines.append)
+    assert not any("seem" in line for line in lines)  # said when a case is new; doctor says it always
 
 
 def test_without_raw_data_finished_cases_are_used(tiny, monkeypatch):

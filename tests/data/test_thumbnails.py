@@ -47,7 +47,7 @@ def test_an_image_without_contrast_is_like_nothing():
     assert look_alikes([], [thumbnail(scan(0))]) == []
 
 
-def test_the_quick_tests_leave_out_no_pair():
+def test_pairs_are_those_of_a_plain_correlation():
     rng = np.random.default_rng(0)
     images = [scan(seed, (10, 11, 12)) for seed in range(4)]
     noisy = [image + (image != 0) * rng.normal(scale=level, size=image.shape)
