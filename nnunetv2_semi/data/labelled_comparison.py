@@ -6,6 +6,7 @@ image may be unlabelled training data by then. Its files are compared and never 
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import pickle
@@ -27,6 +28,7 @@ from nnunetv2_semi.data.file_contents import FileContent, file_contents
 from nnunetv2_semi.data.grids import same_spacing
 from nnunetv2_semi.data.label_files import Labels, read_labels
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.data.thumbnails import look_alikes, thumbnail
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
 
@@ -117,8 +119,9 @@ def compare_with_raw(
     """Compare the preprocessed labelled cases with the raw data set.
 
     What a case was made of is recorded when it is first seen: then its size and voxel size are compared, and where a
-    raw file is younger than the preprocessed one, or its label is another than nnU-Net's copy, the case is preprocessed
-    in memory and compared voxel by voxel. From then on contents tell, and a copied or touched file is the same.
+    raw file is younger than the preprocessed one, its image looks another, or its label is another than nnU-Net's copy,
+    the case is preprocessed in memory and compared voxel by voxel. From then on contents tell, and a copied or touched
+    file is the same.
     Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`, and `images` (by file) and `labels` as
     `read_labelled` gives them: cases with files that it could not read are not compared.
     """
@@ -163,9 +166,10 @@ def _changed_and_unusable(
             if difference is not None:
                 changed[case] = difference
             else:
-                tasks.append((case, *files[case], _may_be_another(job.folder, case, *files[case])))
+                thumbnails = [images[file].thumbnail for file in files[case][0]]
+                tasks.append((case, *files[case], thumbnails, _may_be_another(job.folder, case, *files[case])))
         elif entry["raw"] != identity:
-            tasks.append((case, *files[case], True))
+            tasks.append((case, *files[case], [], True))
     for (case, *_), (difference, problem) in results_in_parallel(
         partial(_examine, job),
         tasks,
@@ -185,11 +189,14 @@ def _changed_and_unusable(
     return dict(sorted(changed.items())), unusable
 
 
-def _examine(job: PreprocessingJob, task: tuple[str, list[str], str, bool]) -> tuple[str | None, str | None]:
-    """What differs when the case is preprocessed anew, if it is to be; and why the stored image is none."""
-    case, images, label, anew = task
-    difference = _difference_anew(job, case, images, label) if anew else None
-    return difference, None if difference else stored_image_problem(job.folder, case)
+def _examine(
+    job: PreprocessingJob, task: tuple[str, list[str], str, list[str], bool]
+) -> tuple[str | None, str | None]:
+    """What differs when the case is preprocessed anew, if it may be another; and why the stored image is none."""
+    case, images, label, thumbnails, may_be_another = task
+    problem = stored_image_problem(job.folder, case)
+    anew = may_be_another or (problem is None and not _looks_like(job.folder, case, thumbnails))
+    return _difference_anew(job, case, images, label) if anew else None, problem
 
 
 def _difference_anew(job: PreprocessingJob, case: str, images: list[str], label: str) -> str | None:
@@ -231,13 +238,26 @@ def _header_difference(job: PreprocessingJob, case: str, images: Sequence[FileCo
 
 
 def _may_be_another(folder: str, case: str, images: Sequence[str], label: str) -> bool:
-    """Whether times or sizes of files leave it open that the preprocessed case was made of these."""
+    """Whether the files' times, or nnU-Net's copy of the label, leave open what the case was made of."""
     made = os.path.getmtime(os.path.join(folder, f"{case}.pkl"))
     sources = [*images, label]
     if any(os.path.getmtime(file) > made for source in sources for file in (source, *companion_files(source))):
         return True
     copy = os.path.join(os.path.dirname(folder), "gt_segmentations", os.path.basename(label))
-    return os.path.isfile(copy) and os.path.getsize(copy) != os.path.getsize(label)
+    return os.path.isfile(copy) and not filecmp.cmp(copy, label, shallow=False)
+
+
+def _looks_like(folder: str, case: str, thumbnails: Sequence[str]) -> bool:
+    """Whether the preprocessed case looks like the raw one, so that they need not be compared voxel by voxel.
+
+    Where normalisation with a mask or clipping changed how it looks, it does not.
+    """
+    image, _, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    channels = properties.get(PRESENT_CHANNELS, range(len(image)))
+    return len(channels) == len(thumbnails) and all(
+        raw == stored or bool(look_alikes([raw], [stored])) for raw, stored in
+        zip(thumbnails, (thumbnail(image[channel][:]) for channel in channels), strict=True)
+    )  # fmt: skip
 
 
 def _preprocessed_identity(folder: str, case: str) -> list | None:

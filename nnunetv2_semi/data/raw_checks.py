@@ -14,6 +14,7 @@ from nnunetv2_semi.data.raw_cases import (
     labelled_file_mistakes,
     list_labelled_cases,
     list_unlabelled_cases,
+    shown,
 )
 from nnunetv2_semi.data.splits_file import read_splits
 from nnunetv2_semi.errors import UserError
@@ -72,4 +73,10 @@ def check_not_in_splits(unlabelled: Iterable[str], preprocessed_dataset_folder: 
     path = os.path.join(preprocessed_dataset_folder, "splits_final.json")
     if os.path.isfile(path):
         named = {case for split in read_splits(path) for cases in split.values() for case in cases}
-        check_names_are_unlabelled(unlabelled, named, f"{path} (as labelled cases)")
+        shared = sorted(named & set(unlabelled))
+        if shared:
+            raise UserError(
+                f"{path} names {len(shared)} case(s) that are in {UNLABELLED_FOLDER}: {shown(shared)}. If their labels "
+                f"were taken away, remove them there, or the file, of which nnU-Net then makes a new one (models "
+                f"trained before have other folds). If they are labelled, remove them from {UNLABELLED_FOLDER}."
+            )

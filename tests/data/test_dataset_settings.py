@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunetv2_semi.data.dataset_settings import DatasetSettings, folder_name, read_dataset_settings
+from nnunetv2_semi.data.dataset_settings import DatasetSettings, folder_name, num_channels, read_dataset_settings
 from nnunetv2_semi.errors import UserError
 
 BASE = {"channel_names": {"0": "CT", "1": "T1", "2": "T2"}}
@@ -34,6 +34,7 @@ def test_values_are_read():
         ({"modalities": {"CT": [3]}}, "channel 3.*0 to 2"),
         ({"modalities": {"CT": [0], "MR": [0, 1]}}, "channel 0 twice"),
         ({"domains": {"a": 1}}, "'a'"),
+        ({"domains": ["A_*"]}, '"domains" must give a pattern of case names for each domain.*has \\[\'A_'),
         ({"plan_with_unlabelled": "yes"}, "\"plan_with_unlabelled\".*'yes'"),
         ({"plan_joined_passes": 1}, '"plan_joined_passes" in dataset.json must be true or false, not 1'),
         ({"plan_with_foundation": 500}, "multiple of 16 such as 512, not 500"),
@@ -43,6 +44,11 @@ def test_values_are_read():
 def test_mistakes_are_named(semi, message):
     with pytest.raises(UserError, match=message):
         read_dataset_settings(dict(BASE, semi=semi))
+
+
+def test_without_channels_an_example_is_given():
+    with pytest.raises(UserError, match='names no image channels. Add "channel_names", for example {"0": "T1"}'):
+        num_channels({"labels": {"background": 0}})
 
 
 def test_a_folder_is_named_after_its_modality_without_odd_characters():

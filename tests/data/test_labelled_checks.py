@@ -149,6 +149,13 @@ def test_another_size_shows_at_first_sight_though_the_files_say_they_are_old(pre
     assert f"lab_a ({difference})" in message(preprocessed) and preprocessed_anew == []
 
 
+@pytest.mark.parametrize("which, difference", [("image", "its image changed"), ("label", "its label changed")])
+def test_another_patient_shows_at_first_sight_though_size_and_age_are_the_same(preprocessed, which, difference):
+    for path in images(preprocessed, "lab_a") if which == "image" else [label(preprocessed, "lab_a")]:
+        rewrite(path, lambda voxels: np.roll(voxels, 5, axis=1), age=10_000)
+    assert f"lab_a ({difference} since it was preprocessed)" in message(preprocessed)
+
+
 def test_a_channel_that_came_or_went_is_named(preprocessed):
     os.remove(images(preprocessed, "lab_a")[1])
     assert "lab_a (it had 2 channel(s) when it was preprocessed, and has 1 now)" in message(preprocessed)

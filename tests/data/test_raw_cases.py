@@ -12,6 +12,7 @@ from nnunetv2_semi.data.raw_cases import (
     list_labelled_cases,
     list_test_cases,
     list_unlabelled_cases,
+    raw_dataset_folder,
 )
 from nnunetv2_semi.errors import UserError
 
@@ -119,3 +120,16 @@ def test_numbers_are_read_from_names_that_differ_in_nothing_else():
     assert channel_numbers(["/data/scan.nii.gz"], ".nii.gz") is None
     assert channel_numbers(["/data/ct_0012.nii.gz", "/data/mr_0012.nii.gz"], ".nii.gz") is None
     assert channel_numbers([], ".nii.gz") is None
+
+
+def test_a_data_set_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    with pytest.raises(UserError, match="There is no folder .*Dataset007_Mine"):
+        raw_dataset_folder("Dataset007_Mine")
+    with pytest.raises(UserError, match="Could not find a dataset with the ID 7"):
+        raw_dataset_folder("7")
+    (tmp_path / "Dataset007_Mine").mkdir()
+    assert raw_dataset_folder("Dataset007_Mine") == str(tmp_path / "Dataset007_Mine")
+    monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(UserError, match="The environment variable nnUNet_raw is not set"):
+        raw_dataset_folder("Dataset007_Mine")

@@ -129,6 +129,13 @@ class Astray:
         return rigid_transform(np.eye(2), np.zeros(2), np.array([self.millimetres, 0.0]))
 
 
+def test_images_of_which_no_place_overlaps_enough_are_refused(monkeypatch):
+    fixed, moving = pair(2)
+    monkeypatch.setattr("nnunetv2_semi.data.registration._ranked", lambda transforms, images, least: [])
+    with pytest.raises(RuntimeError, match="the images overlap too little to be registered"):
+        register(moving, fixed, "rigid", SimpleITKBackend())
+
+
 def test_a_result_worse_than_before_is_refused():
     fixed, moving = pair(2)
     with pytest.raises(RuntimeError, match="worse after registration"):
