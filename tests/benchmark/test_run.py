@@ -15,13 +15,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunetv2_semi import cli
 from nnunetv2_semi.benchmark.study import local_pool, planned_data
 from nnunetv2_semi.benchmark.study.cluster import cluster_executor
 from nnunetv2_semi.benchmark.study.local_pool import check_devices
-from nnunetv2_semi.benchmark.study.preparation import prepare
+from nnunetv2_semi.benchmark.study.preparation import list_jobs, prepare
 from nnunetv2_semi.benchmark.study.study import read_study
 from nnunetv2_semi.errors import UserError
 
@@ -198,6 +200,30 @@ def test_a_study_without_unlabelled_or_test_cases_is_refused(planned, tmp_path):
                 prepare(read_study(planned / "study.yaml"))
         finally:
             (tmp_path / folder).rename(raw / folder)
+
+
+def test_test_cases_that_are_training_cases_are_named(planned, capsys):
+    raw = planned / "nnUNet_raw" / "Dataset001_Phantom"
+    (planned / "study.yaml").write_text(STUDY)
+    job = list_jobs(read_study(planned / "study.yaml"))[0]
+    planned_data.name_test_cases_in_training(job)
+    assert "WARNING" not in capsys.readouterr().out
+    source = min(raw.glob("imagesUn/*_0000.nii.gz"))
+    voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(source)))
+    copies = {raw / "imagesTs" / f"{name}_0000.nii.gz": image
+              for name, image in (("same", voxels), ("flipped", np.ascontiguousarray(voxels[:, ::-1])))}
+    try:
+        for file, image in copies.items():
+            sitk.WriteImage(sitk.GetImageFromArray(image), str(file))
+        planned_data.name_test_cases_in_training(job)
+    finally:
+        for file in copies:
+            file.unlink()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(lines) == 2
+    assert lines[0].startswith("WARNING: 1 test case(s) of Dataset001_Phantom and training cases are the same image: "
+                               f"same_0000.nii.gz = {source.name}. Results on these test cases mean nothing")
+    assert "seem to show the same scan" in lines[1] and f"flipped_0000.nii.gz = {source.name}. Results" in lines[1]
 
 
 def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(planned):

@@ -12,6 +12,7 @@ from nnunetv2_semi import compat
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
@@ -105,3 +106,27 @@ def prepare_unlabelled_cases(job: Job) -> None:
     dataset_json = json.loads((job.plans_file.parent / "dataset.json").read_text(encoding="utf-8"))
     prepare_unlabelled(plans, plans.get_configuration(job.study.configuration), dataset_json,
                        num_processes=default_num_processes, skip_unreadable=bool(semi.get("skip_unreadable", False)))
+
+
+def name_test_cases_in_training(job: Job) -> None:
+    """Print which test cases are training cases under another name, or seem to be: their results mean nothing."""
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes
+    from nnunetv2_semi.data.file_contents import file_contents
+    from nnunetv2_semi.data.raw_cases import list_labelled_cases, list_test_cases, list_unlabelled_cases
+
+    dataset_json = read_dataset_json(str(job.raw / "dataset.json"))
+    test = list_test_cases(str(job.raw / "imagesTs"), dataset_json)
+    training = {**list_labelled_cases(str(job.raw), dataset_json), **list_unlabelled_cases(str(job.raw), dataset_json)}
+    contents, _ = file_contents(
+        [file for files in (*training.values(), *test.values()) for file in files],
+        cache_folder=str(job.plans_file.parent), raw_dataset_folder=str(job.raw),
+        reader_name=job.own_plans()["image_reader_writer"], num_processes=default_num_processes,
+    )  # fmt: skip
+    same, alike = (find(test, contents, training) for find in (find_duplicates, find_look_alikes))
+    for pairs, what in ((same, "are the same image"), (alike, LOOK_ALIKE)):
+        if pairs:
+            names = ", ".join(f"{Path(pair.file).name} = {Path(pair.other_file).name}" for pair in pairs)
+            print(f"WARNING: {len(pairs)} test case(s) of {job.dataset} and training cases {what}: {names}. Results on "
+                  "these test cases mean nothing: take them out of imagesTs and labelsTs, or out of training.")

@@ -15,7 +15,12 @@ from nnunetv2_semi.benchmark.study.comparability import (
     facts_of_jobs,
 )
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job, jobs_of, merged_settings
-from nnunetv2_semi.benchmark.study.planned_data import plan_and_preprocess, prepare_unlabelled_cases, write_split
+from nnunetv2_semi.benchmark.study.planned_data import (
+    name_test_cases_in_training,
+    plan_and_preprocess,
+    prepare_unlabelled_cases,
+    write_split,
+)
 from nnunetv2_semi.benchmark.study.study import Entry, Study
 from nnunetv2_semi.benchmark.study.trainer_facts import trainer_class
 from nnunetv2_semi.data.atomic_files import write_json_whole
@@ -68,6 +73,7 @@ def prepare(study: Study) -> PreparedStudy:
     check_comparable(study, jobs, facts)
     for dataset, its in by_dataset.items():
         write_split(study, its[0])
+        name_test_cases_in_training(its[0])
         if dataset in unlabelled:
             prepare_unlabelled_cases(next(job for job in its if job.role != "upper bound"))
     return PreparedStudy(study, jobs, {name: int(str(single["num_epochs"])) for name, single in facts.items()})
