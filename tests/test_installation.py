@@ -101,6 +101,28 @@ def test_a_read_only_nnunet_is_a_clear_error(nnunet: Path, source_tree: Path, mo
     assert str(nnunet) in str(error.value) and "virtual environment" in str(error.value)
 
 
+def test_an_nnunet_of_another_version_is_a_clear_error(nnunet: Path, source_tree: Path) -> None:
+    folder = (nnunet / CLASS_FOLDERS[0].inside_nnunet).parent
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="does not exist: this is not a complete nnunetv2 2.8") as error:
+        link()
+    assert str(folder) in str(error.value)
+
+
+def test_a_link_that_cannot_be_made_is_a_clear_error(
+    nnunet: Path, source_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    target = nnunet / CLASS_FOLDERS[0].inside_nnunet
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(UserError, match="Could not make .*: No space left on device. Run the command as the user"):
+            link()
+    assert list(target.parent.iterdir()) == []
+
+
 def test_the_folders_of_a_wheel_are_left_to_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site-packages"
     nnunet = make_nnunet(site / "nnunetv2")

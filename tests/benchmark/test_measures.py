@@ -16,7 +16,7 @@ import surface_distance
 from scipy.ndimage import binary_erosion, gaussian_filter
 from skimage import io
 
-from nnunetv2_semi.benchmark.report.measures import METRICS, measure_runs, measures_of_masks
+from nnunetv2_semi.benchmark.report.measures import METRICS, measure_runs, measures_of_masks, reader_name
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.errors import UserError
 
@@ -261,3 +261,8 @@ def test_unreadable_prediction_is_named(tmp_path: Path) -> None:
 def test_folder_without_truth_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no files \*.nii.gz in .*labelsTs"):
         measure_runs([run_in(tmp_path)], 1.0, num_processes=1)
+
+
+def test_a_file_that_nnunet_cannot_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nnU-Net has no reader for .*a.dcm"):
+        reader_name(run_in(tmp_path, ending=".dcm"), tmp_path / "a.dcm")

@@ -327,6 +327,9 @@ def test_command_reports_on_a_study_in_its_folder(study: list[PredictedRun], tmp
     (["--truth", ".", "--dataset-json", "d.json", "--predictions", "A=absent"], "absent is not a folder"),
     (["--truth", ".", "--dataset-json", "d.json", "--predictions", "A=.", "--control", "B"],
      "--control B is not among the predictions: A"),
+    (["--truth", ".", "--dataset-json", "d.json", "--predictions", "A=.", "--tolerance", "-1"],
+     "The tolerance and the number of worst cases must not be negative"),
+    (["study.yaml"], "Reports of studies: nnunetv2_semi benchmark report STUDY"),
 ])  # fmt: skip
 def test_wrong_calls_are_told(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,10 @@ def test_what_decides_the_result_is_in_the_digest(tmp_path):
      "finetune must be a number of at least 0"),
     (("- nnUNetTrainer\n", "- {trainer: nnUNetTrainer, selftrain: {ignore_unstable: 1}}\n"),
      "ignore_unstable must be true or false"),
+    ((STUDY, "- a list"), "labels.yaml must have keys such as datasets: and trainers:"),
+    (("datasets: [511, Dataset512_Name]", "datasets: []"), "datasets is missing or empty"),
+    (("  - nnUNetTrainer\n", "  - 3\n"), "each of trainers must be a class name, or an object.*got 3"),
+    (("settings: {RCPS: {contrast: false}}", "settings: 5"), "settings of nnUNetTrainerSemiRCPS must be an object"),
 ])
 def test_a_wrong_file_is_refused_with_the_key(tmp_path, change, message):
     assert change[0] in STUDY
@@ -111,6 +116,18 @@ def test_a_wrong_file_is_refused_with_the_key(tmp_path, change, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml cannot be read: No such file"):
         read_study(tmp_path / "nowhere.yaml")
+
+
+def test_the_folder_of_a_study_needs_another_name_than_its_file(tmp_path):
+    written(tmp_path, STUDY).rename(tmp_path / "labels")
+    with pytest.raises(UserError, match="labels: give the file the ending .yaml: the folder labels is made beside it"):
+        read_study(tmp_path / "labels")
+
+
+def test_without_a_reader_of_yaml_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(UserError, match=r'Studies need further packages: pip install "nnunetv2-semi\[benchmark\]"'):
+        read_study(written(tmp_path, STUDY))
 
 
 def test_differences_are_found_unless_meant():

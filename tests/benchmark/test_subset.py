@@ -411,6 +411,26 @@ def test_where_nothing_can_be_linked_nothing_is_made(
     assert_refused(capsys, raw, ["--labeled", 5], "privilege", "cross-device", "developer mode")
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_source(raw, PATTERN[:4])
+
+    def full(original: str, link: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(raw_datasets, "make_link", full)
+    assert_refused(capsys, raw, ["--labeled", 2], f"The new data sets cannot be written to {raw}", "No space left")
+
+
+def test_too_few_free_ids_are_told(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_source(raw, PATTERN[:4])
+    monkeypatch.setattr(subset, "free_ids", lambda after, count: [999])
+    assert_refused(capsys, raw, ["--labeled", 1, 2], "There are not 2 free ids from 8 to 999: give --ids.")
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError])
 @pytest.mark.parametrize("when", [3, 40])
 def test_an_interrupted_run_leaves_nothing(
@@ -512,6 +532,22 @@ def break_json(source: Path) -> None:
     (source / "dataset.json").write_text("{")
 
 
+def remove_labelled_cases(source: Path) -> None:
+    for folder in ("imagesTr", "labelsTr"):
+        shutil.rmtree(source / folder)
+
+
+def damage_first_image(source: Path) -> None:
+    (source / "imagesTr" / f"case_00_0000{ENDING}").write_bytes(b"no image")
+
+
+def change_json(**changes: object) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        file = source / "dataset.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -522,6 +558,9 @@ def break_json(source: Path) -> None:
         (add_unlabelled_twin, ["case_03", "are both in"]),
         (break_json, ["dataset.json"]),
         (shutil.rmtree, ["7"]),
+        (remove_labelled_cases, ["There are no labelled cases in", "imagesTr"]),
+        (change_json(labels={"background": 0, "one": "first"}), ['"labels" in dataset.json must name', "first"]),
+        (damage_first_image, ["nnU-Net has no reader for", f"case_00_0000{ENDING}"]),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused(

@@ -17,6 +17,7 @@ from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset
 from PIL import Image
 
 from nnunetv2_semi import cli
+from nnunetv2_semi.commands import align as align_command
 from nnunetv2_semi.data import case_alignment
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.data.registration import grid_points, mapped, mean_displacement, rigid_transform
@@ -323,6 +324,43 @@ def test_wrong_calls_write_nothing(raw, capsys, monkeypatch):
         assert message in capsys.readouterr().err
     (raw / "Dataset009_Other").rmdir()
     assert sorted(raw.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"file_ending": None}, "dataset.json is absent, not valid JSON, or lacks file_ending or labels"),
+    ({"labels": None}, "dataset.json is absent, not valid JSON, or lacks file_ending or labels"),
+    ({"channel_names": {"0": "T1", "1": "T2", "2": "FLAIR"}, "semi": {"modalities": {"A": [0], "B": [1]}}},
+     'No modality under "semi" in'),
+    ({"file_ending": ".tif"}, "TIFF files do not say where their voxels are"),
+    ({"file_ending": ".nrrd"}, "There are no cases in"),
+])  # fmt: skip
+def test_a_data_set_that_cannot_be_aligned_is_refused(raw, capsys, changes, message):
+    source = make_source(raw, labelled=1, unlabelled=0, test=0)
+    content = {key: value for key, value in (dataset_json(source) | changes).items() if value is not None}
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert align() == 1
+    assert message in capsys.readouterr().err and not made(raw).exists()
+
+
+def test_which_of_several_new_data_sets_is_meant_must_be_said(raw, capsys, monkeypatch):
+    make_source(raw, labelled=1, unlabelled=0, test=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(align_command, "find_candidate_datasets", lambda number: [f"Dataset{number:03d}_Other"])
+        assert align() == 1
+        assert "No id from 8 to 999 is free: give --to-id." in capsys.readouterr().err
+    for number in (8, 9):
+        (made(raw, number) / "alignment").mkdir(parents=True)
+        (made(raw, number) / "alignment" / "settings.json").write_text("{}")
+    assert align() == 1
+    assert ("There are several: Dataset008_MineAligned, Dataset009_MineAligned. Name one with --to-id."
+            in capsys.readouterr().err)
+
+
+def test_an_image_of_several_channels_is_named(tmp_path):
+    file = tmp_path / "colour_0000.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 4, 3), np.uint8), isVector=True), str(file))
+    with pytest.raises(RuntimeError, match="colour_0000.nii.gz holds several channels: write each into a file of its"):
+        case_alignment.read_image(str(file))
 
 
 def test_other_options_do_not_go_on_where_a_run_stopped(raw, capsys):

@@ -10,6 +10,7 @@ import pkgutil
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.networks.conventional_and_foundation import ConventionalAndFoundation
+from nnunetv2_semi.networks.deployment import Deployed
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
 
 onnx = pytest.importorskip("onnx")
@@ -279,6 +281,24 @@ def test_the_largest_difference_is_that_of_all_batches(tmp_path):
     graph.write_graph(Scaled(2.0), (1, 4, 4), file)
     found = [np.full((batch, 1, 4, 4), value, dtype=np.float32) for batch, value in ((1, 3.0), (2, -5.0))]
     assert graph.largest_difference(Scaled(2.5), file, found) == (2.5, 12.5)
+
+
+def test_logits_of_another_shape_are_refused(tmp_path):
+    class Cropped(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image[..., :2]
+    file = str(tmp_path / "whole.onnx")
+    graph.write_graph(nn.ReLU(), (1, 4, 4), file)
+    with pytest.raises(UserError, match=r"ONNX Runtime gives logits \(1, 1, 4, 4\), PyTorch \(1, 1, 4, 2\)"):
+        graph.largest_difference(Cropped(), file, [np.zeros((1, 1, 4, 4), np.float32)])
+
+
+def test_a_network_that_can_be_no_graph_and_has_no_parts_is_refused():
+    class Special(Deployed):
+        def why_not_exportable(self) -> str:
+            return "it calls an operator of its own"
+    with pytest.raises(UserError, match="network cannot be exported as ONNX: it calls an operator of its own"):
+        export._wanted(SimpleNamespace(network=Special(), parts={}), None)
 
 
 def write_batch_norm(file: Path, training: bool) -> None:

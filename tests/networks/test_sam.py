@@ -284,6 +284,8 @@ def changed(original_file, tmp_path, change):
     (lambda s: s.update({"image_encoder.blocks.0.adapter.weight": torch.ones(1)}), r"it has .*blocks\.0\.adapter"),
     (lambda s: s.update({"mask_decoder.output_upscaling.0.bias": torch.ones(9)}), r"upscale_conv1.bias is \(9,\)"),
     (lambda s: [s.pop(name) for name in list(s) if name.startswith("mask_decoder")], "mask_decoder.iou_token.weight"),
+    (lambda s: s.update({name: torch.ones(15, s[name].shape[1]) for name in list(s) if "rel_pos" in name}),
+     "do not tell which layers attend within windows"),
 ])
 def test_weights_that_do_not_fit_are_named(original_file, tmp_path, change, named):
     with pytest.raises(UserError, match=named):

@@ -139,6 +139,19 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(model,
     torch.save(checkpoint, file)
     with pytest.raises(UserError, match="do not fit the plans beside them"):
         TrainedModel.checked(folder, ["0"], "checkpoint_final.pth").ensemble()
+    torch.save({"epoch": 3}, file)
+    with pytest.raises(UserError, match="is no checkpoint of nnU-Net: it has no network_weights, init_args, "):
+        TrainedModel.checked(folder, ["0"], "checkpoint_final.pth")
     file.write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         TrainedModel.checked(folder, ["0"], "checkpoint_final.pth")
+    (folder / "plans.json").write_text("{")
+    with pytest.raises(UserError, match="plans.json is not valid JSON"):
+        TrainedModel.checked(folder, ["0"], "checkpoint_final.pth")
+
+
+def test_a_trainer_that_nnunet_does_not_find_is_named(model, monkeypatch):
+    teacher = TrainedModel.checked(model(), ["0"], "checkpoint_final.pth")
+    monkeypatch.setattr(find_objects, "recursive_find_trainer_class_by_name", lambda name: None)
+    with pytest.raises(UserError, match="was trained with nnUNetTrainer, which nnU-Net does not find here.*doctor"):
+        teacher.ensemble()

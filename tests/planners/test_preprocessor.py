@@ -101,3 +101,10 @@ def test_the_plans_setting_skips_unreadable_cases(planned, write_case):
     run(nnUNetPreprocessorSemi)
     names = {path.stem for path in (preprocessed / "nnUNetSemiCPUPlans_3d_fullres_unlabeled").glob("*.pkl")}
     assert names == {"un_0"}
+
+
+def test_a_data_set_that_is_not_planned_is_told(planned):
+    _, preprocessed = planned
+    (preprocessed / "dataset.json").unlink()
+    with pytest.raises(UserError, match=r"dataset\.json is missing. Plan the data set first \(nnUNetv2_plan_exp"):
+        run(nnUNetPreprocessorSemi)

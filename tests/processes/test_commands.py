@@ -12,7 +12,14 @@ import pytest
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes import commands
-from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, finished_epochs, run_logged
+from nnunetv2_semi.processes.commands import (
+    CommandFailed,
+    Progress,
+    command_path,
+    exclusive_exit_status_of,
+    finished_epochs,
+    run_logged,
+)
 
 T = TypeVar("T")
 
@@ -121,3 +128,12 @@ def is_alive(pid: int) -> bool:
         return not stat.exists() or stat.read_text().split()[2] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_work_that_another_process_does_is_refused(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    lock = tmp_path / ".lock"
+    with FileLock(lock), pytest.raises(UserError, match="at work"):
+        exclusive_exit_status_of(lambda: 0, lock, "Another command is at work.")
+    assert exclusive_exit_status_of(lambda: 3, lock, "Another command is at work.") == 3

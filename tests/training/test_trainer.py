@@ -243,6 +243,13 @@ def test_one_modality_stops_before_anything_is_built(tools, workspace):
         tools.trainer(workspace, "nnUNetTrainerSemiCML").run_training()
 
 
+def test_a_network_without_deep_supervision_is_told_with_the_setting(tools, workspace, monkeypatch):
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
+    monkeypatch.setattr(trainer, "build_network_architecture", lambda *_: torch.nn.Conv3d(2, 3, 1))
+    with pytest.raises(UserError, match='of Supervised has no deep supervision. Set "deep_supervision": false in'):
+        trainer.initialize()
+
+
 def test_second_stage_of_a_cascade_is_refused(tools, workspace):
     plans = json.loads(tools.plans_path(workspace).read_text())
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
