@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -196,7 +197,7 @@ def attention_scales(strides: Sequence[Sequence[int]], patch_size: Sequence[int]
     sizes, shape = [], [float(size) for size in patch_size]
     for stride in strides:
         shape = [size / step for size, step in zip(shape, stride, strict=True)]
-        sizes.append(modalities * torch.tensor(shape).prod().item())
+        sizes.append(modalities * math.prod(shape))
     last = len(sizes) - 1
     return [last - 1, last] if last > 0 and sizes[last - 1] <= most_tokens else [last]
 

@@ -236,3 +236,14 @@ def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(ours(MEAN_TEACHER).method_class, "stock_networks", classmethod(lambda *arguments: {}))
     with pytest.raises(UserError, match="MeanTeacher deploys is not nnU-Net's own"):
         export_model(str(folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["BCP", "CML", "CPS", "Distill", "FixMatch", "Fusion", "MeanTeacher", "Mix", "RCPS",
+                                  "Supervised", "SynFoC", "UAMT"])
+def test_a_network_can_be_built_without_memory(name):
+    """As `benchmark run` does, to compare the networks of trainings before it starts them."""
+    manager = PlansManager(copy.deepcopy(PLANS))
+    with torch.device("meta"):
+        network = ours(f"nnUNetTrainerSemi{name}").build_network_architecture(
+            manager, manager.get_configuration("2d"), 3, 2, False)
+    assert all(weights.is_meta for weights in network.parameters()) and list(network.parameters())
