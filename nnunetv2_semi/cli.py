@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
     "export": ("nnunetv2_semi.commands.export", "write a model folder that runs without this package"),
     "link": ("nnunetv2_semi.commands.link", "make the trainers visible to an editable or separate nnU-Net"),
+    "predict": ("nnunetv2_semi.commands.predict", "predict as nnUNetv2_predict does, without images that are damaged"),
     "selftrain": (
         "nnunetv2_semi.benchmark.self_training.command",
         "train, label unlabelled cases by prediction, train again",
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] == name:
             chosen = cast(Command, importlib.import_module(module_name))
             chosen.add_arguments(subparser)
-    args = parser.parse_args(arguments)
+    args, more = parser.parse_known_args(arguments)
+    args.more = more
+    if more and not getattr(args, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if chosen is None:
         parser.error(f"the subcommand must come first, as in: {parser.prog} {args.command} ...")
     try:

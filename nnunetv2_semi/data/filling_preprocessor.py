@@ -15,6 +15,11 @@ from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.present_channels import FILL
 
+_REMEDY = (
+    "Replace or remove it, and start again (prediction with --continue_prediction, which keeps what is done). "
+    "`nnunetv2_semi predict`, with the arguments of nnUNetv2_predict, leaves such cases out and predicts the others."
+)
+
 Case = tuple[np.ndarray, np.ndarray, dict]
 
 
@@ -48,7 +53,7 @@ class FillingPreprocessor(DefaultPreprocessor):
             Image (C, *spatial) with all channels of the data set, segmentation (1, *spatial), and properties.
 
         Raises:
-            UserError: a file that is damaged, which readers fill up with zeros; see also
+            UserError: a file that is damaged, which readers fill up with zeros, or holds no numbers; see also
                 `nnunetv2_semi.data.case_channels.channels_of_case`.
         """
         content: dict = load_json(dataset_json) if isinstance(dataset_json, str) else dataset_json
@@ -59,6 +64,10 @@ class FillingPreprocessor(DefaultPreprocessor):
         reader = plans_manager.image_reader_writer_class()
         data, properties = reader.read_images(image_files)
         seg = None if seg_file is None else reader.read_seg(seg_file)[0]
+        if not np.isfinite(data).all():
+            raise UserError(
+                f"{', '.join(image_files)}: there are voxels that are not finite numbers (NaN or infinity). {_REMEDY}"
+            )
         present = channels_of_case(image_files, len(data), content)
         if len(present) < num_channels(content):
             data = data[np.argsort(present)]
@@ -115,10 +124,7 @@ def _refuse_damaged(file: str) -> None:
     try:
         check_file_complete(file)
     except Exception as error:  # whatever the libraries raise that decompress and read
-        raise UserError(
-            f"{file} is damaged: {one_line(error)}. Replace or remove it, and start again: nnUNetv2_predict keeps what "
-            f"it has predicted and goes on with the other cases if you add --continue_prediction."
-        ) from error
+        raise UserError(f"{file} is damaged: {one_line(error)}. {_REMEDY}") from error
 
 
 def _plans_of_channels(plans_manager: PlansManager, channels: Sequence[int]) -> PlansManager:

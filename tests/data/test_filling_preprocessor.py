@@ -243,3 +243,12 @@ def test_a_damaged_file_is_refused_by_name_and_not_filled_up_with_zeros(tiny, as
     with pytest.raises(UserError) as error:
         FillingPreprocessor(False).run_case([image], label if as_label else None, *tiny.managers(), tiny.dataset_json)
     assert str(error.value).startswith(f"{damaged} is damaged: ") and "--continue_prediction" in str(error.value)
+
+
+def test_an_image_with_voxels_that_are_no_numbers_is_refused(tiny):
+    image = raw_file(tiny, "lab_a", 0).replace(".nii.gz", ".nrrd")  # of NIfTI, ITK reads zeros in their place
+    voxels = np.ones((8, 9, 10), np.float32)
+    voxels[3, 4, 5] = np.inf
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), image)
+    with pytest.raises(UserError, match=r"lab_a_0000\.nrrd: there are voxels that are not finite numbers"):
+        FillingPreprocessor(False).run_case([image], None, *tiny.managers(), tiny.dataset_json)

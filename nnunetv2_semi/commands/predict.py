@@ -1,0 +1,94 @@
+"""`nnunetv2_semi predict`: nnUNetv2_predict, which leaves out images that cannot be read and predicts the others."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.processes.commands import command_path
+
+_FILES_PER_PROCESS = 16  # starting a process costs about as much as reading this many small files
+_CHANNEL = re.compile(r"_\d{4}\.(?=[^.])")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nnunetv2_semi predict`: nnU-Net's own."""
+    # Any further option that begins with one of these letters would be taken for it: nnU-Net has none.
+    parser.add_argument("-i", type=Path, required=True, metavar="FOLDER", help="images, named as in imagesTs")
+    parser.epilog = "All other options are those of nnUNetv2_predict, and go to it as they are."
+    parser.set_defaults(passes_on=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict all cases whose images can be read. 1 if some cannot, else what nnUNetv2_predict returns.
+
+    Raises:
+        UserError: there is no such folder, or nothing in it can be predicted.
+    """
+    if not args.i.is_dir():
+        raise UserError(f"{args.i} is not a folder.")
+    images = [file for file in sorted(args.i.iterdir()) if _CHANNEL.search(file.name)]
+    if not images:
+        raise UserError(f"{args.i} holds no images named CASE_0000 with a file ending, as nnU-Net names them.")
+    damaged = _damaged(images)
+    left_out = {_case(file) for file in damaged}
+    for file, reason in damaged.items():
+        print(f"LEFT OUT: case {_case(file)}, since {file} cannot be read: {reason}")
+    if left_out == {_case(file) for file in images}:
+        raise UserError(f"No case in {args.i} can be predicted.")
+    with tempfile.TemporaryDirectory() as readable:
+        if left_out:
+            for file in args.i.iterdir():
+                if _case(file) not in left_out:
+                    os.symlink(file.resolve(), Path(readable, file.name))
+        folder = readable if left_out else str(args.i)
+        status = subprocess.call([command_path("nnUNetv2_predict"), "-i", folder, *args.more])
+    if left_out:
+        print(f"{len(left_out)} case(s) were left out: {', '.join(sorted(left_out))}. Replace their images and start "
+              "again with --continue_prediction.")
+    return status or int(bool(left_out))
+
+
+def _case(file: Path) -> str:
+    """Name of the case; a companion file of all channels, as TIFF files have, is named after it."""
+    return _CHANNEL.split(file.name)[0] if _CHANNEL.search(file.name) else file.stem
+
+
+def _damaged(files: list[Path]) -> dict[Path, str]:
+    """The files that cannot be read to their end, or hold no numbers, with the reason."""
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunetv2_semi.processes.pool import results_in_parallel
+
+    results = results_in_parallel(
+        _reason,
+        files,
+        num_processes=max(1, min(default_num_processes, len(files) // _FILES_PER_PROCESS)),
+        description="Reading images",
+    )
+    return {file: reason for file, reason in sorted(results) if reason}
+
+
+def _reason(file: Path) -> str:
+    """Why none of nnU-Net's readers for files with this ending can read it; "" if one can."""
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
+    from nnunetv2_semi.data.file_contents import read_image
+
+    ending = "." + _CHANNEL.split(file.name, maxsplit=1)[1].lower()
+    reasons = [f"nnU-Net has no reader for {ending}"]
+    for reader in (reader for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings):
+        try:
+            read_image(str(file), reader.__name__)
+        except MemoryError:
+            raise
+        except Exception as error:  # readers raise whatever their libraries do
+            reasons.append(one_line(error))
+        else:
+            return ""
+    return reasons[min(1, len(reasons) - 1)]
