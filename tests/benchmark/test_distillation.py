@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from nnunetv2.training.logging import nnunet_logger
 
 from nnunetv2_semi import cli
 from nnunetv2_semi.benchmark.distillation import comparison
+from nnunetv2_semi.benchmark.distillation.start import checked_start
 from nnunetv2_semi.benchmark.self_training import models
+from nnunetv2_semi.benchmark.study.jobs import Folders
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import Progress
 from nnunetv2_semi.trainer import nnUNetTrainerSemi
 
@@ -245,3 +249,24 @@ def test_a_call_without_a_teacher_or_unlabelled_cases_is_refused(
         assert "There are no unlabelled cases" in capsys.readouterr().err
     finally:
         images.with_name("away").rename(images)
+
+
+def test_the_second_stage_of_a_cascade_cannot_be_a_student(tmp_path: Path) -> None:
+    (tmp_path / DATASET).mkdir()
+    stages = {"3d_lowres": {"architecture": {}},
+              "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"}}
+    (tmp_path / DATASET / f"{SMALL}.json").write_text(json.dumps({"plans_name": SMALL, "configurations": stages}))
+    source = SimpleNamespace(name=DATASET, unlabelled={"a": None})
+    with pytest.raises(UserError, match="3d_cascade_fullres is the second stage of a cascade, which cannot be a st"):
+        checked_start(source, Folders(*[tmp_path] * 3), SimpleNamespace(), student=SMALL,
+                      configuration="3d_cascade_fullres", modality=None, name=None)  # fmt: skip
+
+
+def test_a_student_is_trained_by_one_command_at_a_time(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from filelock import FileLock
+
+    model = student(here, f"SemiCML_{PLANS}_3d_fullres_fold_0")
+    model.parent.mkdir(exist_ok=True)
+    with FileLock(model.parent / f".distill__{model.name}__fold_0.lock"):
+        assert cli.main(CALL) == 1
+    assert "Another 'nnunetv2_semi distill' is at work on the same student" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from nnunetv2_semi import cli
 from nnunetv2_semi.benchmark.datasets.source_cases import read_source
 from nnunetv2_semi.benchmark.self_training import command as self_training
 from nnunetv2_semi.benchmark.self_training import models as self_training_models
+from nnunetv2_semi.benchmark.self_training import pseudo_labelled
 from nnunetv2_semi.benchmark.self_training.fine_tuning import begin_fine_tuning
 from nnunetv2_semi.benchmark.self_training.input import Options, checked_start
 from nnunetv2_semi.benchmark.self_training.models import Predictor
@@ -32,6 +34,7 @@ from nnunetv2_semi.benchmark.self_training.stability import read_scores, stabili
 from nnunetv2_semi.benchmark.study import execution
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Entry, Study
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed
 
 SOURCE, NEW = "Dataset001_Phantom", "Dataset002_Phantom_selftrain1"
@@ -352,6 +355,35 @@ def test_missing_variables_and_unlabelled_cases_are_told(
     monkeypatch.delenv("nnUNet_results")
     assert cli.main(CALL) == 1
     assert "missing: nnUNet_results" in capsys.readouterr().err
+
+
+def test_the_second_stage_of_a_cascade_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / SOURCE
+    folder.mkdir()
+    stages = {"3d_lowres": {"architecture": {}},
+              "3d_cascade_fullres": {"inherits_from": "3d_lowres", "previous_stage": "3d_lowres"}}
+    (folder / f"{PLANS}.json").write_text(json.dumps({"plans_name": PLANS, "configurations": stages}))
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    options = Options(SOURCE, "3d_cascade_fullres", "all", PLANS, "nnUNetTrainerSemiSupervised", 0.5, 1, False)
+    with pytest.raises(UserError, match="3d_cascade_fullres is the second stage of a cascade, which self-training"):
+        checked_start(options, SimpleNamespace(name=SOURCE, unlabelled={"a": None}), Folders(*[tmp_path] * 3))
+
+
+def test_without_a_free_id_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pseudo_labelled, "free_ids", lambda after, count: [])
+    source = SimpleNamespace(folder=str(tmp_path / SOURCE), name=SOURCE)
+    with pytest.raises(UserError, match="There is no free id from 2 to 999 for the pseudo-labelled data set"):
+        pseudo_labelled_dataset(source, 1, {}, [], tmp_path, {}, [])
+
+
+def test_the_same_models_are_trained_by_one_command_at_a_time(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from filelock import FileLock
+
+    results = here / "nnUNet_results" / SOURCE
+    results.mkdir(exist_ok=True)
+    with FileLock(results / f".selftrain__{MODEL}__fold_0.lock"):
+        assert cli.main(CALL) == 1
+    assert "Another 'nnunetv2_semi selftrain' is at work on the same models" in capsys.readouterr().err
 
 
 def test_a_labelled_image_among_the_unlabelled_ones_is_refused(
