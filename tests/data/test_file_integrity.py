@@ -65,3 +65,11 @@ def test_the_second_version_of_the_format_is_understood(tmp_path):
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-4]))
     with pytest.raises(OSError, match="cut off"):
         check_file_complete(str(path))
+
+
+def test_a_file_that_is_not_there_or_a_link_to_none_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        check_file_complete(str(tmp_path / "gone.nii.gz"))
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    with pytest.raises(FileNotFoundError, match="a link to .*gone.nii.gz, which is not there"):
+        check_file_complete(str(tmp_path / "link.nii.gz"))
