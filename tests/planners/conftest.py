@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
 
 PROJECT = Path(__file__).resolve().parents[2]
 if str(PROJECT) not in sys.path:
@@ -17,6 +22,24 @@ if str(PROJECT) not in sys.path:
 
 DATASET = "Dataset002_Planned"
 CHANNELS = {"0": "T1", "1": "T2"}
+BUILT: dict[str, nn.Module] = {}
+
+
+def network_of(*architecture: object, **options: object) -> nn.Module:
+    """`get_network_from_plans` for planners, which ask how large feature maps are: no weights, and each built once."""
+    key = repr((architecture, options))
+    if key not in BUILT:
+        with torch.device("meta"):
+            BUILT[key] = get_network_from_plans(*architecture, **options)  # type: ignore[arg-type]
+    return BUILT[key]
+
+
+@pytest.fixture(autouse=True)
+def planning_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks as above, and threads for nnU-Net's list of files, for which every planner starts twelve processes."""
+    monkeypatch.setattr(default_experiment_planner, "get_network_from_plans", network_of)
+    monkeypatch.setattr("planners.nnUNetPlannerSemi.get_network_from_plans", network_of)
+    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
 
 
 def write_tiny_case(folder: Path, images: str, case: str, shape: tuple[int, ...], seed: int, spacing=(1.0, 1.0, 1.0)):

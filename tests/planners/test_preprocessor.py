@@ -25,6 +25,12 @@ def planned(raw_dataset, tmp_path) -> tuple[Path, Path]:
     return raw, tmp_path / "preprocessed" / raw.name
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(worker_threads):
+    with worker_threads():
+        yield
+
+
 def run(preprocessor_class):
     preprocessor = preprocessor_class(verbose=False)
     preprocessor.show_progress_bar = False

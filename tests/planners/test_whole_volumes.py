@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -268,24 +264,13 @@ def test_the_cpu_preset_is_small_here_too(planned, geometry):
 
 
 @pytest.mark.e2e
-def test_nnunets_command_plans_and_preprocesses_whole_volumes(tmp_path, worker_threads, monkeypatch):
-    beside = Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"
-    command = str(beside) if beside.exists() else shutil.which(beside.name) or pytest.skip("nnU-Net has no commands")
-    folders = {f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")}
+def test_nnunets_command_plans_and_preprocesses_whole_volumes(tmp_path, run_in_this_process):
     make_phantom_dataset(
-        tmp_path / "raw", 1, labelled=2, unlabelled=1, test=0, shape=(16, 72, 64), spacing=(6.0, 1.5, 1.5)
+        tmp_path / "nnUNet_raw", 1, labelled=2, unlabelled=1, test=0, shape=(16, 72, 64), spacing=(6.0, 1.5, 1.5)
     )
-    for name, folder in folders.items():
-        monkeypatch.setenv(name, folder)
-    with worker_threads():  # the command finds the fingerprint, for which it would draw 10^8 voxels
-        extract_fingerprints([1], num_processes=1)
     arguments = ["-d", "1", "-pl", "nnUNetPlannerSemiCPU", "-c", "3d_atlas", "-np", "1", "-npfp", "1"]
-    result = subprocess.run(
-        [command, *arguments], env={**os.environ, **folders}, text=True, timeout=600,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:]
-    preprocessed = tmp_path / "preprocessed" / "Dataset001_Phantom"
+    run_in_this_process(tmp_path, "nnUNetv2_plan_and_preprocess", *arguments)
+    preprocessed = tmp_path / "nnUNet_preprocessed" / "Dataset001_Phantom"
     plans_manager = PlansManager(str(preprocessed / "nnUNetSemiCPUPlans.json"))
     plan = plans_manager.get_configuration("3d_atlas")
     assert max(plan.spacing[1:]) > 1.5
