@@ -115,11 +115,8 @@ class ThreadContext:
 
 
 @contextmanager
-def worker_threads() -> Iterator[None]:
-    """Threads where nnU-Net starts worker processes, each of which imports torch; fingerprints of few voxels.
-
-    For the intensities of a data set nnU-Net draws 10^8 voxels, with replacement, however few there are.
-    """
+def fingerprints_of_few_voxels() -> Iterator[None]:
+    """Few voxels for the intensities of a data set; nnU-Net draws 10^8, with replacement, however few there are."""
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
     stock = DatasetFingerprintExtractor.__init__
@@ -129,9 +126,17 @@ def worker_threads() -> Iterator[None]:
         self.num_foreground_voxels_for_intensitystats = 1e5
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DatasetFingerprintExtractor, "__init__", of_few_voxels)
+        yield
+
+
+@contextmanager
+def worker_threads() -> Iterator[None]:
+    """Threads where nnU-Net starts worker processes, each of which imports torch; fingerprints of few voxels."""
+    with fingerprints_of_few_voxels(), pytest.MonkeyPatch.context() as patch:
         context = ThreadContext(multiprocessing.get_context("spawn"))
         patch.setattr(multiprocessing, "get_context", lambda method=None: context)
-        patch.setattr(DatasetFingerprintExtractor, "__init__", of_few_voxels)
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)  # of twelve, to list the files of a data set
         yield
 
 
@@ -157,6 +162,12 @@ def run_in_this_process(workspace: Path, name: str, *arguments: str) -> str:
             torch.set_num_threads(threads)
     assert not status, printed.getvalue()[-3000:]
     return printed.getvalue()
+
+
+@pytest.fixture(name="fingerprints_of_few_voxels")
+def _fingerprints_of_few_voxels():
+    with fingerprints_of_few_voxels():
+        yield
 
 
 @pytest.fixture(scope="session", name="worker_threads")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are 
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
+def script(monkeypatch: pytest.MonkeyPatch, fingerprints_of_few_voxels: None):
     """Imports a script as if it was run from its folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
