@@ -97,11 +97,34 @@ def contents(workspace: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for name in FOLDERS for file in (workspace / name).rglob("*") if file.is_file()}
 
 
+@pytest.fixture
+def run_until(
+    here: Path, monkeypatch: pytest.MonkeyPatch, run_in_this_process: Callable[..., str]
+) -> Callable[[list[str], str], None]:
+    """Begins a call, with nnU-Net's commands in this process, and stops it before the one that has a word in it."""
+    def begin(call: list[str], word: str) -> None:
+        def run_logged(command: list[str], log: Path, *_: object) -> float:
+            if any(word in argument for argument in command):
+                raise CommandFailed("stopped")
+            log.write_text(run_in_this_process(here, Path(command[0]).name, *command[1:]))
+            return 0.0
+
+        for name, value in variables(here).items():
+            monkeypatch.setenv(name, value)
+        with monkeypatch.context() as patch:
+            patch.setattr(self_training_models, "run_logged", run_logged)
+            assert cli.main(call) == 1
+    return begin
+
+
 @pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_killed_it_goes_on_labels_the_stable_cases_and_leaks_no_validation_case(workspace: Path) -> None:
+def test_killed_it_goes_on_labels_the_stable_cases_and_leaks_no_validation_case(
+    workspace: Path, run_until: Callable[[list[str], str], None]
+) -> None:
     raw, preprocessed, results = (workspace / name for name in FOLDERS)
     out = results / SOURCE / f"selftrain__{MODEL}__fold_0"
+    run_until(CALL, "nnUNetv2_preprocess")
     killed = start(workspace)
     try:
         end = time.monotonic() + 600
@@ -196,13 +219,16 @@ def test_results_of_a_version_without_some_options_are_gone_on_with(
 
 @pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_an_ensemble_labels_what_is_stable_and_the_student_is_fine_tuned_on_true_labels(workspace: Path) -> None:
+def test_an_ensemble_labels_what_is_stable_and_the_student_is_fine_tuned_on_true_labels(
+    workspace: Path, run_until: Callable[[list[str], str], None]
+) -> None:
     raw, preprocessed, results = (workspace / name for name in FOLDERS)
     trainer, plans_name, out = "nnUNetTrainerSemiMeanTeacher", f"{PLANS}_selftrain", workspace / "ensemble"
     call = [*CALL, "-tr", trainer, "-f", "all", "--teachers", "2", "--ignore-unstable", "--finetune", "0.4", "--out",
             str(out)]  # fmt: skip
     split = preprocessed / SOURCE / "splits_final.json"
     split_before = split.read_bytes() if split.exists() else None
+    run_until(call, "_finetuned")
     killed = start(workspace, call)
 
     def tuned() -> list[Path]:
