@@ -173,6 +173,15 @@ def test_copied_files_are_preprocessed_in_memory_once_and_are_the_same(preproces
     assert preprocessed_anew == []
 
 
+def test_a_case_that_cannot_be_preprocessed_any_more_is_named_with_the_reason(preprocessed, monkeypatch):
+    def broken(*_):
+        raise ValueError("no memory for it")
+
+    os.utime(label(preprocessed, "lab_b"))
+    monkeypatch.setattr(DefaultPreprocessor, "run_case", broken)
+    assert "lab_b (cannot be preprocessed any more: ValueError: no memory for it)" in message(preprocessed)
+
+
 def test_a_folder_that_cannot_be_written_is_enough(preprocessed, monkeypatch):
     check(preprocessed)
     os.utime(images(preprocessed, "lab_a")[0])
