@@ -20,7 +20,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_semi import cli
-from nnunetv2_semi.benchmark.study import local_pool, planned_data
+from nnunetv2_semi.benchmark.study import execution, local_pool, planned_data
 from nnunetv2_semi.benchmark.study.cluster import cluster_executor
 from nnunetv2_semi.benchmark.study.local_pool import check_devices
 from nnunetv2_semi.benchmark.study.preparation import list_jobs, prepare
@@ -120,7 +120,7 @@ def processes_of(workspace: Path) -> list[str]:
 
 @pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monkeypatch, capsys):
+def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monkeypatch, capsys, run_in_this_process):
     (workspace / "study.yaml").write_text(STUDY)
     logs = workspace / "study" / "runs"
     killed = start(workspace, "run", "study.yaml", "--devices", "cpu")
@@ -146,13 +146,22 @@ def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monke
 
     (workspace / "trainers" / "nnUNetTrainerThatFails.py").write_text(FAILING.replace("raise", "pass  #").replace(
         'RuntimeError("on purpose")', "mended\n        return super().train_step(batch)"))
-    code, text = output_of(workspace, "run", "study.yaml", "--devices", "cpu")
-    assert code == 0 and "3 trainings in" in text and "1 to do" in text, text
-    assert all(file.stat().st_mtime_ns == time_ for file, time_ in finished.items())
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(workspace / name))
     monkeypatch.setenv("nnUNet_extTrainer", str(workspace / "trainers"))
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.chdir(workspace)
+
+    def run_watched(command, log, *_):
+        log.write_text(run_in_this_process(workspace, Path(command[0]).name, *command[1:]))
+        return 0.0
+
+    monkeypatch.setattr(execution, "run_watched", run_watched)
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "3 trainings in" in text and "1 to do" in text, text
+    assert all(file.stat().st_mtime_ns == time_ for file, time_ in finished.items())
     assert cli.main(["benchmark", "status", "study.yaml"]) == 0
 
     # what was done with other settings is not mixed with what would be done now
