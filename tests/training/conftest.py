@@ -41,8 +41,8 @@ def run_command(workspace: Path, name: str, *arguments: str, check: bool = True)
     return result
 
 
-def kill_and_continue(workspace: Path, *train: str) -> None:
-    """Run a training command of fold 0, kill it after its first checkpoint, and run it to its end with --c."""
+def kill_and_continue(run_in_this_process: Callable, workspace: Path, *train: str) -> None:
+    """Run a training command of fold 0 and kill it after its first checkpoint; this process continues it with --c."""
     process = subprocess.Popen([command(train[0]), *train[1:]], env=environment(workspace),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     fold = "*/*/fold_0"
@@ -55,7 +55,7 @@ def kill_and_continue(workspace: Path, *train: str) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not list((workspace / "nnUNet_results").glob(f"{fold}/checkpoint_final.pth"))
-    run_command(workspace, *train, "--c")
+    run_in_this_process(workspace, *train, "--c")
 
 
 def environment(workspace: Path) -> dict[str, str]:
@@ -210,8 +210,9 @@ def no_progress_png(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(scope="session")
 def tools(worker_threads: Callable, run_in_this_process: Callable):
     """The functions above."""
-    return SimpleNamespace(run=run_command, kill_and_continue=kill_and_continue, call=run_in_this_process,
-                           set_semi=set_semi, prepare=partial(prepare, worker_threads), plans_path=plans_path,
+    return SimpleNamespace(run=run_command, call=run_in_this_process,
+                           kill_and_continue=partial(kill_and_continue, run_in_this_process), set_semi=set_semi,
+                           prepare=partial(prepare, worker_threads), plans_path=plans_path,
                            load=load_checkpoint, trainer=make_trainer, environment=environment, command=command,
                            folders=FOLDERS, on_cpu=ON_CPU, one_process=ONE_PROCESS, processes=PROCESSES,
                            run_workers=run_workers, states_equal=states_equal,

@@ -76,10 +76,10 @@ def read(path):
 def test_stock_prediction_averages_the_modalities_and_each_is_exported(trained, tools, tmp_path):
     """nnUNetv2_predict with all modalities; export; each exported model alone, with this package out of reach."""
     images = raw(trained) / "imagesTs"
-    tools.run(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "all"), *MODEL, "-f", "0",
-              *tools.on_cpu, *tools.one_process, "--save_probabilities")
+    tools.call(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "all"), *MODEL, "-f", "0",
+               *tools.on_cpu, *tools.one_process, "--save_probabilities")
     together = np.load(next((tmp_path / "all").glob("*.npz")))["probabilities"]
-    tools.run(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "exported"))
+    tools.call(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "exported"))
     tasks = []
     for name, channels in modalities(trained).items():
         folder = tmp_path / "exported" / name
