@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("nnunetv2_semi.doctor", "check the installation and, with -d, a data set"),
     "export": ("nnunetv2_semi.commands.export", "write a model folder that runs without this package"),
     "link": ("nnunetv2_semi.commands.link", "make the trainers visible to an editable or separate nnU-Net"),
+    "postprocessing": ("nnunetv2_semi.commands.postprocessing", "nnU-Net's postprocessing, chosen by labels alone"),
     "predict": ("nnunetv2_semi.commands.predict", "predict as nnUNetv2_predict does, without images that are damaged"),
     "selftrain": (
         "nnunetv2_semi.benchmark.self_training.command",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
-from nnunetv2_semi.doctor import images as image_checks
+from nnunetv2_semi.data import file_contents
 from nnunetv2_semi.doctor.checks import Check, Level
 from nnunetv2_semi.doctor.dataset import check_dataset
 
@@ -97,7 +97,7 @@ def test_images_that_nnunet_has_no_reader_for_are_a_problem(dataset: Path, monke
     def no_reader(*_: object, **__: object) -> None:
         raise RuntimeError("Unable to determine a reader")
 
-    monkeypatch.setattr(image_checks, "determine_reader_writer_from_dataset_json", no_reader)
+    monkeypatch.setattr(file_contents, "determine_reader_writer_from_dataset_json", no_reader)
     check = only(found(Level.PROBLEM))
     assert check.finding == "nnU-Net has no reader for these images: Unable to determine a reader"
     assert "file_ending" in check.remedy

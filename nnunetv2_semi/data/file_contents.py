@@ -12,7 +12,10 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.imageio.reader_writer_registry import (
+    determine_reader_writer_from_dataset_json,
+    recursive_find_reader_writer_by_name,
+)
 
 from nnunetv2_semi.data.cached_reading import companion_files, read_cached
 from nnunetv2_semi.data.file_integrity import check_file_complete
@@ -56,6 +59,21 @@ class FileContent:
     def grid(self) -> Grid:
         """Where the voxels lie."""
         return Grid(self.spacing, self.origin, self.direction)
+
+
+def name_of_reader(dataset_json: dict, example: str) -> str:
+    """The reader that nnU-Net would choose: the first that reads an example, where several share a file ending.
+
+    Raises:
+        RuntimeError: nnU-Net has none for this file ending.
+    """
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        try:
+            reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        except RuntimeError:
+            reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+    return str(reader.__name__)
 
 
 def read_image(path: str, reader_name: str) -> FileContent:

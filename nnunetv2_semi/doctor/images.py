@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from collections.abc import Iterator, Mapping
 
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
 from nnunetv2_semi.data.cached_reading import companion_files
 from nnunetv2_semi.data.duplicates import LOOK_ALIKE, Duplicate, find_duplicates, find_look_alikes
-from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometry_difference
+from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometry_difference, name_of_reader
 from nnunetv2_semi.data.grids import orientation
 from nnunetv2_semi.data.label_files import label_mistake
 from nnunetv2_semi.doctor.channels import check_channels
@@ -45,7 +42,7 @@ def check_images(
     if not files:
         return
     try:
-        reader_name = _reader_name(dataset_json, files)
+        reader_name = name_of_reader(dataset_json, files[0])
     except RuntimeError as error:
         yield problem(f"nnU-Net has no reader for these images: {error}", "correct file_ending in dataset.json")
         return
@@ -72,17 +69,6 @@ def check_images(
     yield from check_intensities(labelled, unlabelled, contents, dataset_json)
     yield from check_sizes(plans, labelled, unlabelled, contents)
     yield from check_preprocessed(plans, contents, labels, dataset_json)
-
-
-def _reader_name(dataset_json: dict, files: list[str]) -> str:
-    """The reader that nnU-Net would choose: the first that reads an example, where several share a file ending."""
-    silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        try:
-            reader = determine_reader_writer_from_dataset_json(dataset_json, files[0], verbose=False)
-        except RuntimeError:
-            reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
-    return str(reader.__name__)
 
 
 def _check_readable(number: int, unreadable: Mapping[str, str], test_files: set[str]) -> Iterator[Check]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Sequence
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.data.atomic_files import read_json_object, whole_file
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, one_line
 
 # Beyond what a training needs; the modules that use them are imported where they are needed.
 PACKAGES = ("jinja2", "monai", "pandas", "statsmodels")
@@ -36,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", help="of the page")
     parser.add_argument("--tolerance", type=float, metavar="MM",
                         help=f"of the surface Dice, NSD (default: the study's; else {TOLERANCE_MM:g})")  # fmt: skip
+    parser.add_argument("--postprocessing", type=Path, metavar="FILE",
+                        help="nnU-Net's postprocessing.pkl: measure what it makes of all predictions")  # fmt: skip
     parser.add_argument("--worst-cases", type=int, default=WORST_CASES, metavar="N",
                         help=f"to draw for each method (default: {WORST_CASES})")  # fmt: skip
     parser.add_argument("-np", type=int, metavar="N", dest="num_processes",
@@ -70,9 +76,47 @@ def run(args: argparse.Namespace, study_runs: StudyRuns | None = None) -> int:
         runs = predictions_of(named, args.truth, args.dataset_json, args.images, args.control, args.upper_bound)
         title, folder = title or f"Comparison on {runs[0].dataset}", folder or Path(FOLDER)
     tolerance = TOLERANCE_MM if tolerance is None else tolerance
-    write_report(runs, folder, title, tolerance, worst_cases=args.worst_cases, num_processes=args.num_processes)
+    if args.postprocessing is not None:
+        title = f"{title}, postprocessed with {args.postprocessing.name}"
+    with postprocessed(runs, args.postprocessing) as measured:
+        write_report(measured, folder, title, tolerance, worst_cases=args.worst_cases, num_processes=args.num_processes)
     print(f"Report: {(folder / 'report.html').resolve()}")
     return 0
+
+
+@contextmanager
+def postprocessed(runs: Sequence[PredictedRun], file: Path | None) -> Iterator[Sequence[PredictedRun]]:
+    """The runs, with predictions that nnU-Net's postprocessing.pkl was applied to; as they are without a file.
+
+    The file is unpickled, which runs code in it: use files that you trust, as for nnUNetv2_apply_postprocessing.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if file is None:
+        yield runs
+        return
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+    from nnunetv2.postprocessing.remove_connected_components import load_postprocess_save
+
+    from nnunetv2_semi.benchmark.report.measures import case_files, reader_name
+
+    try:
+        with file.open("rb") as stream:
+            functions, arguments = pickle.load(stream)
+    except Exception as error:  # unpickling raises whatever the file makes it
+        raise UserError(f"{file} is not nnU-Net's postprocessing.pkl: {one_line(error)}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        changed = []
+        for number, run in enumerate(runs):
+            changed.append(replace(run, predictions=Path(folder, str(number))))
+            changed[-1].predictions.mkdir()
+            for case in case_files(run):
+                if case.prediction.is_file():
+                    reader = recursive_find_reader_writer_by_name(reader_name(run, case.truth))()
+                    output = str(changed[-1].predictions / case.prediction.name)
+                    load_postprocess_save(str(case.prediction), output, reader, functions, arguments)
+        yield changed
 
 
 def predictions_of(

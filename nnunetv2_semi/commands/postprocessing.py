@@ -1,0 +1,83 @@
+"""`nnunetv2_semi postprocessing`: nnU-Net's postprocessing.pkl from labels alone, where there are too few for folds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+from nnunetv2_semi.errors import UserError, one_line
+
+FILE = "semi_postprocessing.pkl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nnunetv2_semi postprocessing`."""
+    parser.add_argument("-d", required=True, metavar="DATASET", help="number or name of a raw data set")
+    parser.add_argument("-o", type=Path, metavar="FILE", help=f"(default: {FILE} in the preprocessed data set)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file, and say how it is applied.
+
+    Raises:
+        UserError: there is no such data set, its labels cannot be used, or each structure has several components.
+    """
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.postprocessing.remove_connected_components import (
+        remove_all_but_largest_component_from_segmentation,
+    )
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    from nnunetv2_semi.data.atomic_files import whole_file
+
+    try:
+        dataset = str(maybe_convert_to_dataset_name(args.d))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    connected = connected_structures(os.path.join(nnUNet_raw, dataset))
+    if not connected:
+        raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
+    functions = [remove_all_but_largest_component_from_segmentation] * len(connected)
+    file = args.o or Path(nnUNet_preprocessed, dataset, FILE)
+    with whole_file(str(file)) as unfinished:
+        Path(unfinished).write_bytes(pickle.dumps((functions, [{"labels_or_regions": values} for values in
+                                                               connected.values()])))  # fmt: skip
+    print(f"Connected in every labelled case: {', '.join(connected)}. Of these the largest component will be kept.\n"
+          f"nnUNetv2_apply_postprocessing -i PREDICTIONS -o POSTPROCESSED -pp_pkl_file {file}")  # fmt: skip
+    return 0
+
+
+def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, ...]]:
+    """Labels or regions, by name, that have one connected component in each labelled case that has them.
+
+    Voxels that share a corner are connected, as in nnU-Net's postprocessing.
+
+    Raises:
+        UserError: dataset.json has mistakes, there is no label, or one cannot be read.
+    """
+    import numpy as np
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    from nnunetv2_semi.data.dataset_json import read_dataset_json
+    from nnunetv2_semi.data.file_contents import name_of_reader
+    from nnunetv2_semi.data.label_files import label_files
+    from nnunetv2_semi.data.largest_component import number_of_components
+
+    dataset_json = read_dataset_json(os.path.join(raw_dataset_folder, "dataset.json"))
+    files = list(label_files(raw_dataset_folder, dataset_json).values())
+    if not files:
+        raise UserError(f"There are no labelled cases in {raw_dataset_folder}.")
+    reader = recursive_find_reader_writer_by_name(name_of_reader(dataset_json, files[0]))()
+    counts: dict[str, list[int]] = {name: [] for name in dataset_json["labels"] if name not in ("background", "ignore")}
+    values = {name: dataset_json["labels"][name] for name in counts}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for file in files:
+        try:
+            segmentation = reader.read_seg(file)[0][0]
+        except Exception as error:  # readers raise whatever their libraries do
+            raise UserError(f"{file} cannot be read: {one_line(error)}") from error
+        for name, value in values.items():
+            counts[name].append(number_of_components(np.isin(segmentation, value)))
+    return {name: values[name] for name, found in counts.items() if max(found) == 1}
