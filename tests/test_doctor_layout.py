@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.data import file_contents
+from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor.checks import Check, Level
 from nnunetv2_semi.doctor.dataset import check_dataset
 
