@@ -24,19 +24,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such data set, its labels cannot be used, or each structure has several components.
     """
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+    from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.postprocessing.remove_connected_components import (
         remove_all_but_largest_component_from_segmentation,
     )
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     from nnunetv2_semi.data.atomic_files import whole_file
+    from nnunetv2_semi.data.raw_cases import raw_dataset_folder
 
-    try:
-        dataset = str(maybe_convert_to_dataset_name(args.d))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    connected = connected_structures(os.path.join(nnUNet_raw, dataset))
+    folder = raw_dataset_folder(args.d)
+    dataset, connected = os.path.basename(folder), connected_structures(folder)
     if not connected:
         raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
     functions = [remove_all_but_largest_component_from_segmentation] * len(connected)

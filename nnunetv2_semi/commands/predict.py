@@ -12,7 +12,6 @@ from pathlib import Path
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.commands import command_path
 
-_FILES_PER_PROCESS = 16  # starting a process costs about as much as reading this many small files
 _CHANNEL = re.compile(r"_\d{4}\.(?=[^.])")
 
 
@@ -61,15 +60,10 @@ def _case(file: Path) -> str:
 
 def _damaged(files: list[Path]) -> dict[Path, str]:
     """The files that cannot be read to their end, or hold no numbers, with the reason."""
-    from nnunetv2.configuration import default_num_processes
-
-    from nnunetv2_semi.processes.pool import results_in_parallel
+    from nnunetv2_semi.processes.pool import processes_to_read, results_in_parallel
 
     results = results_in_parallel(
-        _reason,
-        files,
-        num_processes=max(1, min(default_num_processes, len(files) // _FILES_PER_PROCESS)),
-        description="Reading images",
+        _reason, files, num_processes=processes_to_read(files), description="Reading images"
     )
     return {file: reason for file, reason in sorted(results) if reason}
 

@@ -73,12 +73,12 @@ def find_look_alikes(
         contents: content by file; files that are absent from it are not compared.
         others: likewise, of the cases to compare with. If not given, `cases` are compared with each other.
     """
-    here = _first_images(cases, contents)
-    there = here if others is None else _first_images(others, contents)
-    thumbnails = [[contents[file].thumbnail for file in files.values()] for files in (here, there)]
+    here = list(_first_images(cases, contents).items())
+    there = here if others is None else list(_first_images(others, contents).items())
+    thumbnails = [[contents[file].thumbnail for _, file in images] for images in (here, there)]
     found = []
     for i, j in look_alikes(*thumbnails):
-        (case, file), (other_case, other_file) = list(here.items())[i], list(there.items())[j]
+        (case, file), (other_case, other_file) = here[i], there[j]
         if (others is not None or j < i) and contents[file].digest != contents[other_file].digest:
             found.append(Duplicate(case, file, other_case, other_file))
     return found

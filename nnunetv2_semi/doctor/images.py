@@ -1,11 +1,9 @@
-"""Checks of what is in the image and label files: every file is decoded."""
+"""Checks of what is in the image and label files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-
-from nnunetv2.configuration import default_num_processes
 
 from nnunetv2_semi.data.cached_reading import companion_files
 from nnunetv2_semi.data.duplicates import LOOK_ALIKE, Duplicate, find_duplicates, find_look_alikes
@@ -15,9 +13,7 @@ from nnunetv2_semi.data.label_files import label_mistake
 from nnunetv2_semi.doctor.channels import check_channels
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.doctor.preprocessed import Plan, check_intensities, check_preprocessed, check_sizes
-
-# Starting a process costs about as much as reading this many small files.
-_FILES_PER_PROCESS = 16
+from nnunetv2_semi.processes.pool import processes_to_read
 
 Cases = Mapping[str, list[str]]
 
@@ -56,7 +52,7 @@ def check_images(
             cache_folder=os.path.join(preprocessed, os.path.basename(folder)) if os.path.isdir(preprocessed) else None,
             raw_dataset_folder=folder,
             reader_name=reader_name,
-            num_processes=max(1, min(default_num_processes, len(paths) // _FILES_PER_PROCESS)),
+            num_processes=processes_to_read(paths),
         )
         contents |= found
         unreadable |= reasons

@@ -15,8 +15,17 @@ from tqdm import tqdm
 
 from nnunetv2_semi.errors import UserError
 
+_FILES_PER_PROCESS = 16  # small ones, which take about as long as the start of a process
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def processes_to_read(files: Sequence[object]) -> int:
+    """How many processes to read so many files with: nnU-Net's number, or fewer, since to start one takes seconds."""
+    from nnunetv2.configuration import default_num_processes
+
+    return max(1, min(default_num_processes, len(files) // _FILES_PER_PROCESS))
 
 
 def exit_with_parent() -> None:

@@ -111,9 +111,10 @@ def postprocessed(runs: Sequence[PredictedRun], file: Path | None) -> Iterator[S
         for number, run in enumerate(runs):
             changed.append(replace(run, predictions=Path(folder, str(number))))
             changed[-1].predictions.mkdir()
-            for case in case_files(run):
+            cases = case_files(run)
+            reader = recursive_find_reader_writer_by_name(reader_name(run, cases[0].truth))()
+            for case in cases:
                 if case.prediction.is_file():
-                    reader = recursive_find_reader_writer_by_name(reader_name(run, case.truth))()
                     output = str(changed[-1].predictions / case.prediction.name)
                     load_postprocess_save(str(case.prediction), output, reader, functions, arguments)
         yield changed
