@@ -32,11 +32,15 @@ _DATASET_ID = 1
 
 @dataclass(frozen=True)
 class Phantom:
-    """A raw data set with nnU-Net's fingerprint; ``dataset_json`` is what its dataset.json holds."""
+    """A raw data set with nnU-Net's fingerprint; ``dataset_json`` is what its dataset.json holds.
+
+    configuration: the one that trainers train.
+    """
 
     raw: Path
     preprocessed: Path
     dataset_json: dict
+    configuration: str = CONFIGURATION
 
     def plan(self, planner_class: type[ExperimentPlanner], gpu_memory_gb: float = 8.0,
              base_features: int | None = None, image_shape: tuple[int, ...] | None = None) -> dict:
@@ -58,25 +62,25 @@ class Phantom:
         file = self.preprocessed / f"{planner.plans_identifier}.json"
         plans = json.loads(file.read_text())
         # nnU-Net finds our preprocessor only where the plug-in is installed; labelled cases come out the same
-        plans["configurations"][CONFIGURATION]["preprocessor_name"] = "DefaultPreprocessor"
+        plans["configurations"][self.configuration]["preprocessor_name"] = "DefaultPreprocessor"
         file.write_text(json.dumps(plans))
         return plans
 
     def preprocess(self, plans: dict) -> None:
         """Preprocess the labelled cases for ``plans`` (those of the last ``plan``)."""
         with _quiet(), _threads_for_processes():
-            preprocess_dataset(_DATASET_ID, plans["plans_name"], [CONFIGURATION], num_processes=[1])
+            preprocess_dataset(_DATASET_ID, plans["plans_name"], [self.configuration], num_processes=[1])
 
     def trainer(self, method: type[Method] | None, plans: dict,
                 semi: Mapping[str, object] | None = None) -> nnUNetTrainer:
         """nnU-Net's own trainer (``method`` None) or ours, not initialized; ``semi`` extends the plans' object."""
         plans = {**deepcopy(plans), "continue_training": False}
-        configuration = plans["configurations"][CONFIGURATION]
+        configuration = plans["configurations"][self.configuration]
         configuration["semi"] = {**configuration.get("semi", {}), **(semi or {})}
         trainer_class = nnUNetTrainer if method is None else type(method.__name__ + "Trainer", (nnUNetTrainerSemi,),
                                                                   {"method_class": method})
         with _quiet():
-            return trainer_class(plans, CONFIGURATION, 0, self.dataset_json, torch.device("cpu"))
+            return trainer_class(plans, self.configuration, 0, self.dataset_json, torch.device("cpu"))
 
     def loaders(self, method: type[Method], plans: dict) -> dict[str, nnUNetDataLoader]:
         """The loaders of training batches that our trainer of ``method`` uses."""
@@ -102,10 +106,10 @@ def _threads_for_processes() -> AbstractContextManager:
 
 @contextmanager
 def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int,
-            plan_joined_passes: bool = False) -> Iterator[Phantom]:
+            plan_joined_passes: bool = False, configuration: str = CONFIGURATION) -> Iterator[Phantom]:
     """Make a two-modality phantom with its fingerprint; nnU-Net's folders point to it within the block.
 
-    plan_joined_passes: as in the object "semi" of dataset.json.
+    plan_joined_passes: as in the object "semi" of dataset.json. configuration: as in `Phantom`.
     """
     with tempfile.TemporaryDirectory(prefix="nnunetv2_semi_benchmark_") as folder:
         folders = {f"nnUNet_{name}": str(Path(folder) / name) for name in ("raw", "preprocessed", "results")}
@@ -118,7 +122,7 @@ def phantom(labelled: int, unlabelled: int, shape: tuple[int, ...], seed: int,
             with _quiet(), _threads_for_processes():
                 extract_fingerprints([_DATASET_ID], num_processes=1)
             preprocessed = Path(folders["nnUNet_preprocessed"]) / raw.name
-            yield Phantom(raw, preprocessed, dataset_json)
+            yield Phantom(raw, preprocessed, dataset_json, configuration)
 
 
 def ready(trainer: nnUNetTrainer, patch_size: tuple[int, ...] | None = None) -> nnUNetTrainer:

@@ -13,7 +13,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPTS = ("alignment", "area_similarity", "cost_volume", "fused_branches", "loader", "memory", "step",
-           "voxel_contrast")
+           "synfoc", "voxel_contrast")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are part of the source tree alone")
 
@@ -122,6 +122,17 @@ def test_the_passes_of_a_step_are_counted(script, capsys):
     # labelled, unlabelled and two atlases; sequentially the last three are computed twice
     assert passes["MASS, sequential"] == ["7", "4", "5.00"]
     assert passes["MASS, one_pass"] == ["4", "4", "4.00"]
+
+
+def test_the_passes_of_both_models_of_synfoc_are_counted(script, capsys):
+    chosen = ["SynFoC, conventional model alone", "SynFoC, nnU-Net as foundation model alone",
+              "SynFoC, nnU-Net as foundation model"]
+    script("synfoc").main(["--rounds", "1", "--shape", "16", "16", "--only", *chosen])
+    output = capsys.readouterr().out
+    passes = {name: next(row[1:3] for row in rows(output, name) if row[0] == name) for name in chosen}
+    # labelled, mixed, and the teacher's; both models together: the conventional student once more
+    assert passes[chosen[0]] == passes[chosen[1]] == ["3", "2"]
+    assert passes[chosen[2]] == ["7", "4"]
 
 
 def test_methods_need_little_more_memory_than_nnunet_with_its_own_plans(script, capsys):

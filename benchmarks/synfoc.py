@@ -1,0 +1,76 @@
+"""What each part of SynFoC's training step costs, in 2D, relative to a step of nnU-Net's own trainer.
+
+Each model alone, and both, with a nnU-Net of the same size as foundation model and with SAM's ViT-B, which needs the
+extra `[foundation]` (its weights are random: a step costs the same with any). FixMatch and Mix stand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from measuring import alternately, machine, table
+from nnunetv2.experiment_planning.semi.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
+from phantom_plans import phantom, random_batch, ready
+from step import passes_of
+from variants import STOCK, Variant
+
+from nnunetv2_semi.methods.fixmatch import FixMatch
+from nnunetv2_semi.methods.mix import Mix
+from nnunetv2_semi.methods.synfoc import SynFoC
+
+
+IMAGE_SIZE = 256
+_ALONE = {"models": "foundation", "deploy": "foundation"}
+_NNUNET = {"foundation": "nnunet"}
+_SAM = {"foundation": "sam", "weights": "random", "image_size": IMAGE_SIZE}
+VARIANTS = {
+    STOCK: Variant(None), "FixMatch": Variant(FixMatch), "Mix": Variant(Mix),
+    **{f"SynFoC, {name}": Variant(SynFoC, {"SynFoC": settings}) for name, settings in (
+        ("conventional model alone", {"models": "conventional"}),
+        ("nnU-Net as foundation model alone", {**_NNUNET, **_ALONE}),
+        ("nnU-Net as foundation model", _NNUNET),
+        (f"SAM at {IMAGE_SIZE} alone", {**_SAM, **_ALONE}),
+        (f"SAM at {IMAGE_SIZE}", _SAM))}}
+
+
+def with_weights(semi: dict, checkpoint: Path) -> dict:
+    """``semi`` with ``checkpoint`` where a nnU-Net is the foundation model."""
+    settings = semi.get("SynFoC", {})
+    return {"SynFoC": {**settings, "weights": str(checkpoint)}} if settings.get("foundation") == "nnunet" else semi
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, all trainers in each (default: 3)")
+    parser.add_argument("--shape", type=int, nargs=2, default=(128, 128), help="of the phantom's slices, pixels")
+    parser.add_argument("--features", type=int, default=8, metavar="N",
+                        help="of the networks' first stage (default: 8, the CPU preset's; nnU-Net's: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="TRAINER", choices=list(VARIANTS),
+                        help="trainers beside nnU-Net's own (default: all of " + ", ".join(VARIANTS) + ")")
+    arguments = parser.parse_args(argv)
+    with phantom(2, 1, (12, *arguments.shape), arguments.seed, configuration="2d") as data:
+        plans = data.plan(nnUNetPlannerSemiCPU, base_features=arguments.features)
+        trainers = {STOCK: ready(data.trainer(None, plans))}
+        checkpoint = data.preprocessed / "checkpoint.pth"
+        trainers[STOCK].save_checkpoint(str(checkpoint))
+        trainers |= {name: ready(data.trainer(VARIANTS[name].method, plans,
+                                              with_weights(VARIANTS[name].semi, checkpoint)))
+                     for name in arguments.only if name != STOCK}
+        patch = tuple(trainers[STOCK].configuration_manager.patch_size)
+        batches = {name: random_batch(trainer, patch, arguments.seed) for name, trainer in trainers.items()}
+        passes = {name: passes_of(trainer, batches[name]) for name, trainer in trainers.items()}
+        times = alternately({name: lambda name=name: trainers[name].train_step(batches[name]) for name in trainers},
+                            arguments.rounds)
+    print(f"{machine()}, {torch.get_num_threads()} threads, patch {list(patch)}, {arguments.features} features, batch "
+          f"size {trainers[STOCK].batch_size}, {arguments.rounds} rounds, seed {arguments.seed}\n")
+    print(table(["trainer", "U-Net, forward", "U-Net, backward", "wall time", "CPU time"],
+                [[name, f"{passes[name].forward:g}", f"{passes[name].backward:g}",
+                  times[name].wall / times[STOCK].wall, times[name].cpu / times[STOCK].cpu] for name in trainers]))
+
+
+if __name__ == "__main__":
+    main()
