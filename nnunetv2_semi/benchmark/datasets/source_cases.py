@@ -6,18 +6,15 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import pandas
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.utils import create_paths_fn, get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.data.file_integrity import check_file_complete
+from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import (
     channel_numbers,
     check_labelled_images_have_labels,
@@ -26,8 +23,7 @@ from nnunetv2_semi.data.raw_cases import (
     list_unlabelled_cases,
     raw_dataset_folder,
 )
-from nnunetv2_semi.errors import UserError, one_line
-from nnunetv2_semi.processes.pool import results_in_parallel
+from nnunetv2_semi.errors import UserError
 
 REQUIRED_KEYS = ("labels", "file_ending")
 
@@ -131,40 +127,26 @@ def classes_per_case(dataset_json: dict, cases: Mapping[str, Case]) -> dict[str,
         reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except RuntimeError as error:
         raise UserError(f"nnU-Net has no reader for {example}: {error}") from error
-    results = results_in_parallel(
-        partial(label_values, reader=reader),
-        list(files.values()),
+    contents, reasons = file_contents(
+        files.values(),
+        labels=True,
+        cache_folder=None,
+        raw_dataset_folder="",
+        reader_name=reader.__name__,
         num_processes=default_num_processes,
-        description="Reading labels",
     )
-    found = dict(results)
     known = {*names, 0, dataset_json["labels"].get("ignore", 0)}
-    problems = []
-    for file, (values, reason) in sorted(found.items()):
-        unknown = sorted(values - known)
-        if reason or unknown:
-            problems.append(f"{file} ({reason or f'values that dataset.json does not name: {unknown}'})")
+    unknown = {file: sorted({*content.values} - known) for file, content in contents.items()}
+    reasons |= {file: f"values that dataset.json does not name: {values}" for file, values in unknown.items() if values}
+    problems = [f"{file} ({reason})" for file, reason in sorted(reasons.items())]
     if problems:
         raise UserError(
             f"{len(problems)} label file(s) cannot be used: {', '.join(problems)}. Replace them, or remove their cases."
         )
     return {
-        case: frozenset(name for value, name in names.items() if value in found[file][0])
+        case: frozenset(name for value, name in names.items() if value in contents[file].values)
         for case, file in files.items()
     }
-
-
-def label_values(file: str, reader: type[BaseReaderWriter]) -> tuple[frozenset[float], str]:
-    """Different values of a label file, or none and the reason why it cannot be read."""
-    try:
-        check_file_complete(file)
-        segmentation, _ = reader().read_seg(file)
-        # Without sorting, unlike numpy's: label files have up to 10^9 voxels.
-        return frozenset(float(value) for value in pandas.unique(segmentation.ravel())), ""
-    except MemoryError:
-        raise
-    except Exception as error:  # readers raise whatever their libraries do
-        return frozenset(), one_line(error)
 
 
 def _test_cases(folder: str, ending: str) -> dict[str, Case]:

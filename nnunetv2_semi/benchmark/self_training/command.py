@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from nnunetv2.configuration import default_num_processes
 
-from nnunetv2_semi.benchmark.datasets.source_cases import label_values, read_source
+from nnunetv2_semi.benchmark.datasets.source_cases import read_source
 from nnunetv2_semi.benchmark.self_training import stability
 from nnunetv2_semi.benchmark.self_training.input import OPTION_DEFAULTS, Options, Start, checked_start
 from nnunetv2_semi.benchmark.self_training.models import Models, Predictor, Teacher, run_shown
@@ -20,6 +21,7 @@ from nnunetv2_semi.benchmark.self_training.unstable_voxels import with_ignore_la
 from nnunetv2_semi.benchmark.study.execution import SELFTRAIN_RESULT
 from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_exit_status_of, prediction_options
@@ -156,9 +158,8 @@ class SelfTraining:
         if done.is_dir():
             return done
         unfinished = done.with_name(f"{name}.unfinished")
-        for file in unfinished.glob(f"*{self.ending}"):
-            if label_values(str(file), self.start.reader)[1]:
-                file.unlink()  # cut off by a kill
+        for file in self._unreadable(unfinished):
+            os.remove(file)  # cut off by a kill
         run_shown([predictor.command, "-i", str(self.folders.raw / self.source.name / UNLABELLED_FOLDER), "-o",
                    str(unfinished), "--continue_prediction",
                    *prediction_options(self.device, self.options.mirroring), *predictor.model],
@@ -169,6 +170,13 @@ class SelfTraining:
             raise CommandFailed(f"nnUNetv2_predict left no prediction for {', '.join(missing)} in {unfinished}.")
         unfinished.rename(done)
         return done
+
+    def _unreadable(self, folder: Path) -> Iterable[str]:
+        """The predictions in ``folder`` that cannot be read."""
+        _, reasons = file_contents(map(str, folder.glob(f"*{self.ending}")), labels=True, cache_folder=None,
+                                   raw_dataset_folder="", reader_name=self.start.reader.__name__,
+                                   num_processes=default_num_processes, show_progress_bar=False)
+        return reasons
 
     def rate(self, final: Path, others: Sequence[Path],
              table: Path) -> tuple[Mapping[str, float | None], Sequence[str]]:
