@@ -21,7 +21,6 @@ from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.mix import Mix
 from nnunetv2_semi.methods.synfoc import SynFoC
 
-
 IMAGE_SIZE = 256
 _ALONE = {"models": "foundation", "deploy": "foundation"}
 _NNUNET = {"foundation": "nnunet"}

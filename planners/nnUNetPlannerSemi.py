@@ -32,7 +32,8 @@ class nnUNetPlannerSemi(ExperimentPlanner):
     those of labelled ones; intensity statistics come from labelled foreground in any case.
 
     With "semi": {"plan_with_foundation": 512} in dataset.json, batches of 2D configurations are so small that SAM's
-    ViT-B with inputs of that many pixels a side trains beside the network within the memory target.
+    ViT-B with inputs of that many pixels a side, which the plan then asks for, trains beside the network within the
+    memory target.
 
     Data sets of 3D images get one configuration more, 3d_atlas: its patch holds the whole volume of the largest case
     along each axis, at the finest spacing that fits the memory target (see `nnunetv2_semi.planning.whole_volumes`).
@@ -118,11 +119,14 @@ class nnUNetPlannerSemi(ExperimentPlanner):
             approximate_n_voxels_dataset,
             _cache,
         )
+        plan["semi"] = self.semi_settings()
         if self.foundation_size is not None and len(plan["patch_size"]) == 2:
+            joined = 2 if self.planned_graphs > 1 else 0  # passes of the foundation model
             plan["batch_size"] = batch_beside_foundation(
                 plan["batch_size"], self._gb_of_a_2d_patch(plan) * self.planned_graphs, self.gpu_memory_target_in_gb,
-                self.foundation_size, passes=2 if self.planned_graphs > 1 else 1)
-        plan["semi"] = self.semi_settings()
+                self.foundation_size, passes=max(joined, 1))
+            plan["semi"] |= {"planned_graphs": self.planned_graphs + joined,
+                             "SynFoC": {"image_size": self.foundation_size}}
         return plan
 
     def _gb_of_a_2d_patch(self, plan: dict) -> float:
@@ -134,7 +138,7 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         return estimate / self.UNet_reference_val_2d * self.UNet_reference_val_corresp_GB \
             / self.UNet_reference_val_corresp_bs_2d
 
-    def semi_settings(self) -> dict[str, int | float]:
+    def semi_settings(self) -> dict[str, object]:
         """The object "semi" of each configuration."""
         return {"planned_graphs": self.planned_graphs}
 

@@ -126,7 +126,7 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
         self.UNet_reference_val_2d = _MAX_PATCH_VOXELS_2D
         return plan
 
-    def semi_settings(self) -> dict[str, int | float]:
+    def semi_settings(self) -> dict[str, object]:
         """The object "semi" of each configuration, with a training short enough for a CPU.
 
         nnU-Net's momentum of 0.99 averages 100 steps, too slow for a training of some hundred: 0.9 with ten times the

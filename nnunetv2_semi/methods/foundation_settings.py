@@ -9,7 +9,7 @@ from nnunetv2_semi.methods.settings import Settings, setting
 from nnunetv2_semi.networks.foundation import FoundationModel
 from nnunetv2_semi.networks.foundation_weights import HUB, local_weights, weights_digest
 from nnunetv2_semi.networks.frozen_weights import leave_out_of_state_dict
-from nnunetv2_semi.networks.nnunet_foundation import NnUNetFoundation
+from nnunetv2_semi.networks.nnunet_foundation import NnUNetFoundation, require_file
 from nnunetv2_semi.networks.sam import SAMFoundation
 
 
@@ -60,17 +60,17 @@ def build_foundation(settings: FoundationSettings, num_channels: int, num_heads:
 
     Raises UserError where the weights are not to be had, do not fit, or are not those that the plans file names.
     """
+    require_foundation(settings, spatial_dims)
     assert settings.weights is not None
     checked_digest(settings)
-    checkpointing = settings.gradient_checkpointing
     model: FoundationModel
     if settings.foundation == "nnunet":
         model = NnUNetFoundation.from_weights(settings.weights, num_channels, num_heads, spatial_dims,
-                                              rank=settings.lora_rank, checkpointing=checkpointing)
+                                              rank=settings.lora_rank)
     else:
         model = SAMFoundation.from_weights(settings.weights, num_channels, num_heads, image_size=settings.image_size,
                                            rank=settings.lora_rank, normalisation=settings.normalisation,
-                                           checkpointing=checkpointing)
+                                           checkpointing=settings.gradient_checkpointing)
     leave_out_of_state_dict(model, model.frozen_names())
     return model
 
@@ -85,6 +85,8 @@ def checked_digest(settings: FoundationSettings) -> str | None:
     """SHA-256 of the foundation model's weights; None without weights. Raises UserError if the plans file has another.
     """
     path = local_weights(settings.weights) if settings.weights is not None else None
+    if path is not None and settings.foundation == "nnunet":
+        require_file(path)
     digest = None if path is None else weights_digest(path)
     if settings.weights_sha256 not in (None, digest):
         raise UserError(f"The weights of the foundation model in {settings.weights} are not those that the plans file "

@@ -17,7 +17,7 @@ NNUNETS_GRADIENT_CLIP = 12.0
 
 
 class WarmedUpPolyLR(LRScheduler):
-    """`warmed_up_poly` of the step's number; what it was set to is in the optimiser's own state."""
+    """`warmed_up_poly` of the step's number."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, warmup_steps: int, steps: int) -> None:
         self.initial_lr, self.warmup_steps, self.steps = initial_lr, warmup_steps, steps
@@ -37,6 +37,9 @@ class Optimization:
 
     schedule: of its learning rate, stepped before every "epoch" with its number, or after every training "step" with
     the number of the next one. gradient_clip: largest norm of the gradient of all its parameters; None: not clipped.
+
+    Its state is the optimiser's alone: a schedule follows the number it is stepped with, and the settings of now, as
+    nnU-Net's does. So a training that is continued with more epochs, or another learning rate, uses them.
     """
 
     optimizer: torch.optim.Optimizer
@@ -58,10 +61,9 @@ class Optimization:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, dict]:
-        """Of optimiser and schedule."""
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        """Of the optimiser."""
+        return {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """What `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])

@@ -16,7 +16,6 @@ from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.losses.predictions import full_resolution
 from nnunetv2_semi.networks.foundation import FoundationModel
 from nnunetv2_semi.networks.foundation_weights import RANDOM, local_weights, require_same_parameters
-from nnunetv2_semi.networks.gradient_checkpointing import checkpoint_stages
 from nnunetv2_semi.networks.lora import adapt_convolutions
 from nnunetv2_semi.networks.stride_padding import cropped, padded_to_strides, product_of_strides
 
@@ -34,11 +33,10 @@ class NnUNetFoundation(FoundationModel):
         network: with nnU-Net's ``encoder`` and ``decoder``. Taken over.
         rank: of the adapters; 0: no adapters, all weights train.
         alpha: the adapters' change is scaled by alpha / rank; None: not scaled.
-        checkpointing: keep the inputs of the network's stages alone and compute the rest again for the gradient.
         from_file: names of the parameters of ``network`` that are a file's as they are.
     """
 
-    def __init__(self, network: nn.Module, *, rank: int = 4, alpha: float | None = None, checkpointing: bool = False,
+    def __init__(self, network: nn.Module, *, rank: int = 4, alpha: float | None = None,
                  from_file: tuple[str, ...] = ()) -> None:
         super().__init__()
         _require_unet(network)
@@ -57,16 +55,15 @@ class NnUNetFoundation(FoundationModel):
             for layer in (heads[-1], *fresh):
                 layer.requires_grad_(True)
         heads[:-1].requires_grad_(False)  # of outputs that only deep supervision has
-        if checkpointing:
-            checkpoint_stages(network)
         self._note_frozen(loaded.values())
 
     @classmethod
     def from_weights(cls, weights: str, num_channels: int, num_classes: int, spatial_dims: int, *, rank: int = 4,
-                     alpha: float | None = None, checkpointing: bool = False) -> NnUNetFoundation:
+                     alpha: float | None = None) -> NnUNetFoundation:
         """The network of a checkpoint of nnU-Net, such as ``<model folder>/fold_0/checkpoint_final.pth``.
 
-        Its architecture is that of its own plans. Segmentation heads for another number of classes start anew. A first
+        Its architecture is that of its own plans. Segmentation heads start anew where
+        the file has none, or for another number of classes. A first
         convolution for other channels than the file's gets the mean of the file's weights over its channels, scaled so
         that its output is the same where all channels show the same.
 
@@ -95,7 +92,7 @@ class NnUNetFoundation(FoundationModel):
         state, changed, notes = _fitted(own, found, num_channels, num_classes)
         require_same_parameters(own, state, path, "They must be of a stock network of nnU-Net.")
         network.load_state_dict(state)
-        foundation = cls(network, rank=rank, alpha=alpha, checkpointing=checkpointing,
+        foundation = cls(network, rank=rank, alpha=alpha,
                          from_file=tuple(name for name in own if name not in changed))
         foundation.notes = notes
         return foundation
@@ -112,16 +109,23 @@ def _require_unet(network: nn.Module) -> None:
                         "its decoder with segmentation heads.")
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def require_file(path: Path) -> None:
+    """Raise UserError where ``path`` is a folder."""
     if path.is_dir():
         raise UserError(f"{path} is a folder. Give a checkpoint of nnU-Net in it, such as fold_0/checkpoint_final.pth.")
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    require_file(path)
     try:
         # As nnU-Net reads its checkpoints: they hold numbers of numpy besides tensors.
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise UserError(f"{path} cannot be read as a checkpoint of nnU-Net: {one_line(error)}") from error
-    if not isinstance(checkpoint, dict) or not {"network_weights", "init_args"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of nnU-Net: it has no network_weights and init_args.")
+    if not isinstance(checkpoint, dict) or not {"network_weights", "init_args"} <= checkpoint.keys() \
+            or "configuration" not in checkpoint["init_args"]:
+        raise UserError(f"{path} is no checkpoint of nnU-Net: it lacks network_weights, init_args or the name of a "
+                        "configuration in them.")
     return checkpoint
 
 
@@ -156,9 +160,11 @@ def _fitted(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], 
             channels = have[1]
             mean = value.mean(1, keepdim=True) * (have[1] / num_channels)
             fitted[name] = mean.expand(need).clone()
-    notes = []
-    if heads:
-        notes.append(f"The segmentation heads of the foundation model start anew, for {num_classes} classes.")
+    missing = {name: value for name, value in own.items() if name.startswith(_HEADS) and name not in found}
+    heads |= missing.keys()
+    fitted |= missing
+    notes = [f"The segmentation heads of the foundation model start anew, for {num_classes} classes." if heads else
+             f"The segmentation heads of the foundation model are the file's, which has {num_classes} classes too."]
     if inputs:
         notes.append(f"The first convolution of the foundation model, of {channels} channels, is averaged for "
                      f"{num_channels}.")

@@ -163,12 +163,17 @@ def sam_model(weights: str, num_classes: int,
         _reset_heads(model.mask_decoder)
         notes.append("SAM's mask tokens and what makes masks of them start anew, one for each of "
                      f"{num_classes} classes.")
+    else:
+        notes.append(f"SAM's mask tokens are the file's, which has them for {num_classes} classes too.")
     return model, [name for name in own if name not in new], notes
 
 
 def _read(path: Path) -> SAMWeights:
     if path.is_file():
-        state = read_tensors(path)
+        try:
+            state = read_tensors(path)
+        except UserError as error:
+            raise UserError(f'{error} For a checkpoint of nnU-Net write "foundation": "nnunet" beside it.') from error
         if is_original_layout(state):
             return from_original_layout(state, path)
         raise UserError(f"{path} has not the names of SAM's original code, such as image_encoder.pos_embed. In the "

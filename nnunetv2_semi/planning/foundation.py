@@ -30,5 +30,5 @@ def batch_beside_foundation(batch_size: int, gb_of_a_patch: float, target_gb: fl
     if not fitting:
         raise UserError(f"A batch of {_SMALLEST_BATCH} patches and a foundation model with inputs of {image_size} "
                         f"pixels take {needed(_SMALLEST_BATCH):.1f} GB, the memory target is {target_gb:g}. Set a "
-                        'larger one with -gpu_memory_target, or a smaller "plan_with_foundation" (and "image_size").')
+                        'larger one with -gpu_memory_target, or a smaller "plan_with_foundation".')
     return fitting[-1]

@@ -41,8 +41,18 @@ def test_state_goes_into_a_checkpoint_and_out_again(small):
     step.run(small.batch(), 0, 0.5)
     _, other = step_with(small, scheduled_every="step")
     other.optimizations[0].load_state_dict(step.optimizations[0].state_dict())
-    assert other.optimizations[0].schedule.last_epoch == 1
     assert other.optimizations[0].optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def test_a_training_continued_with_more_steps_and_another_rate_follows_those():
+    def optimization(rate, steps):
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+        return Optimization(optimizer, WarmedUpPolyLR(optimizer, rate, 0, steps), "step")
+    first, longer = optimization(0.2, 4), optimization(0.1, 8)
+    first.schedule.step(4)
+    longer.load_state_dict(first.state_dict())
+    longer.schedule.step(4)
+    assert longer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5 ** 0.9)
 
 
 def test_frozen_parameters_are_not_optimised():

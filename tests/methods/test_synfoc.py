@@ -41,6 +41,10 @@ def make(small, monkeypatch, dims=2, regions=False, deep_supervision=False, igno
     method = SynFoC(small.network(channels, 3, dims, deep_supervision),
                     SynFoCSettings(weights="random", foundation="nnunet", **{"confidence": 0.4, **settings}), context)
     method.progress = progress
+    with torch.no_grad():  # otherwise students and teachers are the same
+        for parameter in [*method.student.parameters(), *(method.foundation.head.parameters()
+                                                          if method.foundation is not None else [])]:
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return method
 
 
@@ -83,12 +87,13 @@ def test_all_terms_equal_a_second_form(small, monkeypatch, naive_weighted_dice_c
         conventional = probability(method.teacher(batch.unlabelled))
         foundation = probability(method.foundation_teacher(batch.unlabelled))
         alpha = self_mutual_confidence(probability(method.student(batch.unlabelled)), conventional, foundation, regions)
+        steady = self_mutual_confidence(conventional, conventional, foundation, regions)
     share = alpha.view(-1, *[1] * (conventional.ndim - 1))
     mean = share * conventional + (1 - share) * foundation
     assert torch.equal(labels, (mean > 0.5).long() if regions else mean.argmax(1, keepdim=True))
     sure = torch.maximum(mean, 1 - mean) if regions else mean.amax(1, keepdim=True)
     assert torch.equal(counted, sure >= method.settings.confidence) and 0 < counted.float().mean() < 1
-    assert method.metrics["alpha"] == pytest.approx(float(alpha.mean()))
+    assert method.metrics["alpha"] == pytest.approx(float(alpha.mean())) and not torch.allclose(alpha, steady)
 
     # the patch: labelled within the box with its label, unlabelled outside
     target = batch.target[0] if isinstance(batch.target, list) else batch.target
@@ -226,6 +231,8 @@ def test_two_optimisers_with_their_own_schedules_and_clips(small, monkeypatch):
     assert isinstance(second.optimizer, torch.optim.AdamW) and second.scheduled_every == "step"
     assert second.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert second.optimizer.param_groups[0]["lr"] == pytest.approx(2e-5)
+    assert first.gradient_clip == second.gradient_clip == 12
+    assert second.schedule.steps == 4 * method.settings.num_iterations_per_epoch
     trained = {id(p) for p in second.parameters()}
     assert trained == {id(p) for p in method.foundation.head.parameters()}
     assert not trained & {id(p) for p in first.parameters()}
@@ -300,6 +307,11 @@ def test_what_cannot_work_is_refused_before_anything_is_built(small, settings, d
     object.__setattr__(context, "patch_size", (8,) * dims)
     with pytest.raises(UserError, match=message):
         SynFoC.check(context, SynFoCSettings(**settings))
+
+
+def test_a_folder_where_a_nnunet_checkpoint_must_be_is_refused_with_what_to_give(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder. Give a checkpoint of nnU-Net in it"):
+        SynFoC.completed(SynFoCSettings(foundation="nnunet", weights=str(tmp_path)))
 
 
 def test_a_changed_weights_file_is_refused_and_its_digest_goes_into_the_plans(tmp_path, monkeypatch):

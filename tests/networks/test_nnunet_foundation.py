@@ -11,6 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.networks.frozen_weights import leave_out_of_state_dict
+from nnunetv2_semi.networks.gradient_checkpointing import checkpoint_stages
 from nnunetv2_semi.networks.lora import LoRAConvolution, LoRATransposedConvolution, merge_adapters
 from nnunetv2_semi.networks.nnunet_foundation import NnUNetFoundation
 from nnunetv2_semi.teachers import EMATeacher
@@ -67,7 +68,7 @@ def foundation(folder, channels=1, classes=3, dims=2, **options):
 def test_starts_as_the_trained_network(tmp_path, kind, dims, rank):
     network = saved(tmp_path, kind, dims)
     model, image = foundation(tmp_path, dims=dims, rank=rank), torch.randn(2, 1, *[8] * dims)
-    assert model.notes == []
+    assert model.notes == ["The segmentation heads of the foundation model are the file's, which has 3 classes too."]
     assert torch.allclose(model(image), network(image), atol=1e-6)
 
 
@@ -82,7 +83,9 @@ def test_plans_beside_the_fold_and_wrapped_networks_are_read_too(tmp_path, varia
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_and_the_finest_head_train_and_nothing_else(tmp_path, kind, dims, checkpointing):
     saved(tmp_path, kind, dims)
-    model = foundation(tmp_path, dims=dims, rank=2, checkpointing=checkpointing)
+    model = foundation(tmp_path, dims=dims, rank=2)
+    if checkpointing:
+        checkpoint_stages(model)
     adapters = [m for m in model.modules() if isinstance(m, LoRAConvolution | LoRATransposedConvolution)]
     for adapter in adapters:
         torch.nn.init.normal_(adapter.up.weight, std=0.1)
@@ -117,6 +120,15 @@ def test_merged_adapters_give_a_plain_network_with_the_same_output(tmp_path, kin
     assert torch.allclose(network(image), expected, atol=1e-5)
 
 
+def test_a_file_without_heads_gets_new_ones(tmp_path):
+    """As one that was trained without labels."""
+    def without_heads(weights):
+        for name in [name for name in weights if "seg_layers" in name]:
+            del weights[name]
+    saved(tmp_path, change=without_heads)
+    assert foundation(tmp_path).notes == ["The segmentation heads of the foundation model start anew, for 3 classes."]
+
+
 def test_other_classes_get_new_heads(tmp_path):
     network = saved(tmp_path)
     model = foundation(tmp_path, classes=5)
@@ -133,7 +145,7 @@ def test_other_channels_keep_the_output_where_all_show_the_same(tmp_path, kind, 
     network, image = saved(tmp_path, kind, channels=have), torch.randn(2, 1, 8, 8)
     model = foundation(tmp_path, need)
     assert torch.allclose(model(image.expand(-1, need, -1, -1)), network(image.expand(-1, have, -1, -1)), atol=1e-5)
-    assert model.notes == [
+    assert model.notes[1:] == [
         f"The first convolution of the foundation model, of {have} channels, is averaged for {need}."]
     changed = [name for name, p in model.named_parameters()
                if p.ndim == 4 and p.shape[:2] == (4, need) and p.requires_grad]
@@ -203,7 +215,10 @@ def test_what_is_no_checkpoint_or_of_another_dimension_is_refused(tmp_path):
     with pytest.raises(UserError, match="random"):
         NnUNetFoundation.from_weights("random", 1, 2, 2)
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="no network_weights"):
+    with pytest.raises(UserError, match="lacks network_weights"):
+        NnUNetFoundation.from_weights(str(tmp_path / "a.pth"), 1, 2, 2)
+    torch.save({"network_weights": {}, "init_args": {"plans": {}}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="lacks network_weights, init_args or the name of a configuration"):
         NnUNetFoundation.from_weights(str(tmp_path / "a.pth"), 1, 2, 2)
     (tmp_path / "b.pth").write_text("text")
     with pytest.raises(UserError, match="cannot be read"):

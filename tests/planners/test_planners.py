@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.synfoc import SynFoC, SynFoCSettings
 from nnunetv2_semi.networks.foundation_memory import sam_vit_b_memory
 from planners.nnUNetFingerprintExtractorSemi import nnUNetFingerprintExtractorSemi
 from planners.nnUNetPlannerSemi import nnUNetPlannerSemi
@@ -89,11 +90,24 @@ def test_2d_batches_leave_memory_for_a_foundation_model(raw_dataset, memory, siz
     raw_dataset(shape=shape)
     alone = nnUNetPlannerSemi(DATASET, memory).plan_experiment()["configurations"]
     batch, whole = beside["2d"].pop("batch_size"), alone["2d"].pop("batch_size")
+    assert beside["2d"]["semi"].pop("SynFoC") == {"image_size": size}
     assert beside == alone and 2 <= batch < whole
 
     def needed(patches):
         return memory * patches / whole + sam_vit_b_memory(size, patches, False).total / 2 ** 30
     assert needed(batch) <= 1.02 * memory and needed(batch + 1) > 0.98 * memory
+
+
+def test_joined_passes_of_both_models_fit_where_that_is_planned(raw_dataset):
+    """SynFoC holds two passes of each model at once, and the plan says that there is room for them."""
+    raw_dataset(shape=(2000, 256, 256), semi={"plan_with_foundation": 256, **JOINED})
+    plan = nnUNetPlannerSemi(DATASET, 8).plan_experiment()["configurations"]["2d"]
+    raw_dataset(shape=(2000, 256, 256), semi=JOINED)
+    alone = nnUNetPlannerSemi(DATASET, 8).plan_experiment()["configurations"]["2d"]
+    assert plan["semi"]["planned_graphs"] == 4 == SynFoC.graphs(SynFoCSettings()) and alone["semi"] == \
+        {"planned_graphs": 2}
+    taken = 8 * plan["batch_size"] / alone["batch_size"]
+    assert taken + sam_vit_b_memory(256, 2 * plan["batch_size"], False).total / 2 ** 30 <= 1.02 * 8
 
 
 def test_no_memory_for_a_foundation_model_is_an_error(raw_dataset):

@@ -146,7 +146,8 @@ def predict_without_this_package(workspace: Path, tasks: Sequence[tuple[Path, Pa
 import importlib.abc, json, sys
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if 'nnunetv2_semi' in name or name.endswith('.semi'): raise ImportError(name)
+        if 'nnunetv2_semi' in name or name.endswith('.semi') or name in ('transformers', 'peft'):
+            raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point_modelfolder
 def alone(self, images, output, save_probabilities, overwrite, **workers):
