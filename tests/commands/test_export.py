@@ -180,7 +180,7 @@ def test_the_command_says_how_to_predict_with_what_it_wrote(model, tmp_path, cap
     assert cli.main(["export", "-m", str(folder), "-o", str(tmp_path / "out"), "--modality", "MR both"]) == 0
     printed = capsys.readouterr().out
     assert f"MR both: {tmp_path / 'out'}" in printed and "_0000 = T1, _0001 = T2" in printed
-    assert f"nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {tmp_path / 'out'}" in printed
+    assert f"nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {tmp_path / 'out'} -f 0 -chk" in printed
 
 
 @pytest.mark.parametrize("trainer, arguments, message", [
