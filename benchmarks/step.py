@@ -79,16 +79,22 @@ def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:
     return passes
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(argv: Sequence[str] | None, description: str | None, shape: tuple[int, ...],
+           trainers: Sequence[str]) -> argparse.Namespace:
+    """The options of a benchmark of steps. shape: of the phantom, the default. trainers: those to choose from."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, all trainers in each (default: 3)")
-    parser.add_argument("--shape", type=int, nargs=3, default=(32, 40, 32), help="of the phantom's images, voxels")
+    parser.add_argument("--shape", type=int, nargs=len(shape), default=shape, help="of the phantom, voxels")
     parser.add_argument("--features", type=int, default=8, metavar="N",
                         help="of the networks' first stage (default: 8, the CPU preset's; nnU-Net's: 32)")
     parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="TRAINER", choices=list(VARIANTS),
-                        help="trainers beside nnU-Net's own (default: all of " + ", ".join(VARIANTS) + ")")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--only", nargs="+", default=list(trainers), metavar="TRAINER", choices=list(trainers),
+                        help="trainers beside nnU-Net's own (default: all of " + ", ".join(trainers) + ")")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parsed(argv, __doc__, (32, 40, 32), list(VARIANTS))
     chosen = [STOCK, *(name for name in arguments.only if name != STOCK)]
     with phantom(2, 1, tuple(arguments.shape), arguments.seed) as data:
         plans = data.plan(nnUNetPlannerSemiCPU, base_features=arguments.features)

@@ -6,7 +6,6 @@ extra `[foundation]` (its weights are random: a step costs the same with any). F
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from measuring import alternately, machine, table
 from nnunetv2.experiment_planning.semi.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
 from phantom_plans import phantom, random_batch, ready
-from step import passes_of
+from step import parsed, passes_of
 from variants import STOCK, Variant
 
 from nnunetv2_semi.methods.fixmatch import FixMatch
@@ -42,15 +41,7 @@ def with_weights(semi: dict, checkpoint: Path) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, all trainers in each (default: 3)")
-    parser.add_argument("--shape", type=int, nargs=2, default=(128, 128), help="of the phantom's slices, pixels")
-    parser.add_argument("--features", type=int, default=8, metavar="N",
-                        help="of the networks' first stage (default: 8, the CPU preset's; nnU-Net's: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="TRAINER", choices=list(VARIANTS),
-                        help="trainers beside nnU-Net's own (default: all of " + ", ".join(VARIANTS) + ")")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(argv, __doc__, (128, 128), list(VARIANTS))
     with phantom(2, 1, (12, *arguments.shape), arguments.seed, configuration="2d") as data:
         plans = data.plan(nnUNetPlannerSemiCPU, base_features=arguments.features)
         trainers = {STOCK: ready(data.trainer(None, plans))}
