@@ -25,11 +25,12 @@ _ALONE = {"models": "foundation", "deploy": "foundation"}
 _NNUNET = {"foundation": "nnunet"}
 _SAM = {"foundation": "sam", "weights": "random", "image_size": IMAGE_SIZE}
 VARIANTS = {
-    STOCK: Variant(None), "FixMatch": Variant(FixMatch), "Mix": Variant(Mix),
+    STOCK: Variant(None), "FixMatch": Variant(FixMatch), "Mix": Variant(Mix, {"Mix": {"start": 0.0}}),
     **{f"SynFoC, {name}": Variant(SynFoC, {"SynFoC": settings}) for name, settings in (
         ("conventional model alone", {"models": "conventional"}),
         ("nnU-Net as foundation model alone", {**_NNUNET, **_ALONE}),
         ("nnU-Net as foundation model", _NNUNET),
+        ("nnU-Net as foundation model, all weights", {**_NNUNET, "lora_rank": 0}),
         (f"SAM at {IMAGE_SIZE} alone", {**_SAM, **_ALONE}),
         (f"SAM at {IMAGE_SIZE}", _SAM))}}
 
