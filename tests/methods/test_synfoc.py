@@ -130,6 +130,21 @@ def test_all_terms_equal_a_second_form(small, monkeypatch, naive_weighted_dice_c
                                 sum(shares[name] * expected[name] for name in shares), both)
 
 
+def test_in_mixed_precision_terms_and_gradients_are_about_the_same(small, monkeypatch):
+    method, batch = make(small, monkeypatch), small.batch(dims=2)
+    gradients, values = [], []
+    for enabled in (False, True):
+        method.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            terms = terms_of(method, batch)
+        sum(term.value for term in terms.values()).backward()
+        values.append(torch.stack([term.value.detach().float() for term in terms.values()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
+    assert torch.allclose(*values, rtol=0.1, atol=0.01)
+    assert gradients[0].dtype == gradients[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
 def test_self_mutual_confidence_of_hand_made_masks():
     def decide(rows):
         return torch.nn.functional.one_hot(torch.tensor(rows), 2).movedim(-1, 1).float()
