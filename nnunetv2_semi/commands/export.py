@@ -52,10 +52,9 @@ def run(args: argparse.Namespace) -> int:
                                       checkpoint_name=args.chk).items():
         channels = _read_json(os.path.join(written, "dataset.json"))["channel_names"]
         inputs = ", ".join(f"_{int(index):04d} = {channel}" for index, channel in channels.items())
-        folds = sorted(folder.removeprefix("fold_") for folder in os.listdir(written) if folder.startswith("fold_"))
         print(f"{name or 'Model'}: {written}\n  input: {inputs}\n"
-              f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {written} -f {' '.join(folds)} "
-              f"-chk {args.chk}")
+              f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {written} "
+              f"-f {' '.join(_folds(written, args.f, args.chk))} -chk {args.chk}")
     return 0
 
 

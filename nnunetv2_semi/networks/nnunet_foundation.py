@@ -62,10 +62,9 @@ class NnUNetFoundation(FoundationModel):
                      alpha: float | None = None) -> NnUNetFoundation:
         """The network of a checkpoint of nnU-Net, such as ``<model folder>/fold_0/checkpoint_final.pth``.
 
-        Its architecture is that of its own plans. Segmentation heads start anew where
-        the file has none, or for another number of classes. A first
-        convolution for other channels than the file's gets the mean of the file's weights over its channels, scaled so
-        that its output is the same where all channels show the same.
+        Its architecture is that of its own plans. Segmentation heads start anew where the file has none, or for another
+        number of classes. A first convolution for other channels than the file's gets the mean of the file's weights
+        over its channels, scaled so that its output is the same where all channels show the same.
 
         Args:
             weights: path of the file.
@@ -92,8 +91,7 @@ class NnUNetFoundation(FoundationModel):
         state, changed, notes = _fitted(own, found, num_channels, num_classes)
         require_same_parameters(own, state, path, "They must be of a stock network of nnU-Net.")
         network.load_state_dict(state)
-        foundation = cls(network, rank=rank, alpha=alpha,
-                         from_file=tuple(name for name in own if name not in changed))
+        foundation = cls(network, rank=rank, alpha=alpha, from_file=tuple(name for name in own if name not in changed))
         foundation.notes = notes
         return foundation
 

@@ -25,6 +25,7 @@ from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_exit_status_of, prediction_options
+from nnunetv2_semi.processes.pool import processes_to_read
 
 OPTIONS = "selftrain_options.json"
 
@@ -173,9 +174,10 @@ class SelfTraining:
 
     def _unreadable(self, folder: Path) -> Iterable[str]:
         """The predictions in ``folder`` that cannot be read."""
-        _, reasons = file_contents(map(str, folder.glob(f"*{self.ending}")), labels=True, cache_folder=None,
-                                   raw_dataset_folder="", reader_name=self.start.reader.__name__,
-                                   num_processes=default_num_processes, show_progress_bar=False)
+        files = [str(file) for file in folder.glob(f"*{self.ending}")]
+        _, reasons = file_contents(files, labels=True, cache_folder=None, raw_dataset_folder="",
+                                   reader_name=self.start.reader.__name__, num_processes=processes_to_read(files),
+                                   show_progress_bar=False)
         return reasons
 
     def rate(self, final: Path, others: Sequence[Path],
