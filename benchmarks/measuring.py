@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, at import
+import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 
@@ -31,6 +32,8 @@ def alternately(functions: Mapping[str, Callable[[], object]], rounds: int, warm
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if measured_round >= 0:
                 measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {name: Timing(statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times))
@@ -60,6 +63,20 @@ class Allocations:
             self.largest = max(self.largest, event.nbytes())
 
 
+class GpuMemory:
+    """Bytes that torch's CUDA allocator holds at most within the block, beyond what was there before."""
+
+    def __enter__(self) -> GpuMemory:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.synchronize()
+        self.peak = torch.cuda.max_memory_allocated() - self._before
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; floats are shown with two decimals."""
     shown = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -72,4 +89,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def machine() -> str:
     """The kind of machine, in words."""
-    return f"{os.cpu_count()} CPU cores"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_initialized() else ""
+    return f"{gpu}{os.cpu_count()} CPU cores"

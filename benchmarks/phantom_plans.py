@@ -71,8 +71,8 @@ class Phantom:
         with _quiet(), _threads_for_processes():
             preprocess_dataset(_DATASET_ID, plans["plans_name"], [self.configuration], num_processes=[1])
 
-    def trainer(self, method: type[Method] | None, plans: dict,
-                semi: Mapping[str, object] | None = None) -> nnUNetTrainer:
+    def trainer(self, method: type[Method] | None, plans: dict, semi: Mapping[str, object] | None = None,
+                device: str = "cpu") -> nnUNetTrainer:
         """nnU-Net's own trainer (``method`` None) or ours, not initialized; ``semi`` extends the plans' object."""
         plans = {**deepcopy(plans), "continue_training": False}
         configuration = plans["configurations"][self.configuration]
@@ -80,7 +80,7 @@ class Phantom:
         trainer_class = nnUNetTrainer if method is None else type(method.__name__ + "Trainer", (nnUNetTrainerSemi,),
                                                                   {"method_class": method})
         with _quiet():
-            return trainer_class(plans, self.configuration, 0, self.dataset_json, torch.device("cpu"))
+            return trainer_class(plans, self.configuration, 0, self.dataset_json, torch.device(device))
 
     def loaders(self, method: type[Method], plans: dict) -> dict[str, nnUNetDataLoader]:
         """The loaders of training batches that our trainer of ``method`` uses."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nnunetv2_semi.methods.base import Method
+from nnunetv2_semi.methods.bcp import BCP
+from nnunetv2_semi.methods.cps import CPS
+from nnunetv2_semi.methods.fixmatch import FixMatch
+from nnunetv2_semi.methods.fusion import Fusion
 from nnunetv2_semi.methods.mass import MASS
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher
+from nnunetv2_semi.methods.mix import Mix
 from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML
 from nnunetv2_semi.methods.supervised import Supervised
+from nnunetv2_semi.methods.uamt import UAMT
 
 STOCK = "nnU-Net's own trainer"
 
@@ -28,6 +34,13 @@ def _semi_cml(arrangement: str, **settings: object) -> Variant:
 
 VARIANTS = {STOCK: Variant(None), "Supervised": Variant(Supervised)}
 for _arrangement in ("sequential", "one_pass"):
+    VARIANTS[f"Mix, {_arrangement}"] = Variant(Mix, {"arrangement": _arrangement, "Mix": {"start": 0.0}})
+    VARIANTS[f"FixMatch, {_arrangement}"] = Variant(FixMatch, {"arrangement": _arrangement})
+    VARIANTS[f"CPS, {_arrangement}"] = Variant(CPS, {"arrangement": _arrangement})
+    VARIANTS[f"BCP, {_arrangement}"] = Variant(BCP, {
+        "arrangement": _arrangement, "BCP": {"pretrain_fraction": 0.0, "largest_component": False}})
+    VARIANTS[f"UAMT, {_arrangement}"] = Variant(UAMT, {"arrangement": _arrangement})
+    VARIANTS[f"Fusion, {_arrangement}"] = Variant(Fusion, {"arrangement": _arrangement})
     VARIANTS[f"Mean Teacher, {_arrangement}"] = Variant(MeanTeacher, {"arrangement": _arrangement})
     VARIANTS[f"RCPS, {_arrangement}"] = Variant(RCPS, {"arrangement": _arrangement})
     VARIANTS[f"MASS, {_arrangement}"] = Variant(MASS, {"arrangement": _arrangement})
