@@ -58,7 +58,8 @@ class Context:
     patch_size: voxels per axis. image_size: median of the images, voxels of the configuration's spacing; three axes
     where patches are slices of 3D images. num_channels: of the images. num_heads: channels of the logits.
     training_cases: the fold's labelled training cases, in alphabetical order, read one by one. mirror_axes: spatial
-    axes of a patch that may be mirrored, from 0.
+    axes of a patch that may be mirrored, from 0. rotation: nnU-Net's largest angle about each axis, radians.
+    turned_in_plane: in 3D nnU-Net turns and scales patches within the last two axes alone.
     single_components: whether each foreground label is one connected component in every labelled training case that
     has it (in 2D in every slice); reads their labels.
     """
@@ -77,6 +78,8 @@ class Context:
     num_heads: int
     training_cases: Callable[[], Iterator[WholeCase]]
     mirror_axes: tuple[int, ...]
+    rotation: float
+    turned_in_plane: bool
     single_components: Callable[[], bool]
 
     def keeps_largest_component(self, setting: bool | None) -> bool:

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from nnunetv2_semi.data.affine_views import AffineViews
 from nnunetv2_semi.data.flips import Flips
 from nnunetv2_semi.data.largest_component import largest_components
 from nnunetv2_semi.losses.hard_labels import hard_labels
@@ -27,6 +28,8 @@ from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.methods.supervised import SupervisedSettings, pasted_into_each_other
 from nnunetv2_semi.teachers import EMATeacher
+
+SIZES = (0.7, 1.4)  # of the view of "spatial_view": "affine", as in nnU-Net's augmentation
 
 
 class MixSettings(PerturbationSettings, SupervisedSettings):
@@ -51,9 +54,10 @@ class MixSettings(PerturbationSettings, SupervisedSettings):
         "whose box that is: another `\"unlabelled\"` patch's, a `\"labelled\"` one's with its true labels, or "
         '`"both"`, for half of the patches each',
     )
-    spatial_view: Literal["none", "flips"] = setting(
+    spatial_view: Literal["none", "flips", "affine"] = setting(
         "none",
-        "`\"flips\"`: mirror the student's patch and its labels anew, along the axes that `mirroring` allows",
+        "`\"flips\"`: mirror the student's patch and its labels anew, along the axes that `mirroring` allows; "
+        "`\"affine\"`: turn and scale them too, by nnU-Net's angles and 0.7 to 1.4",
     )
     largest_component: bool | None = setting(
         False,
@@ -126,9 +130,14 @@ class Mix(Method):
             labels = largest_components(labels)
         image, labels, counted = self._mixed(batch, batch.unlabelled, labels, counted)
         image = intensity_view(image, settings)
-        if settings.spatial_view == "flips":
+        if settings.spatial_view != "none":
             flips = Flips.draw(len(image), self.context.mirror_axes)
             image, labels, counted = flips.of(image), flips.of(labels), flips.of(counted)
+        if settings.spatial_view == "affine":
+            views = AffineViews.draw(len(image), self.context.spacing, self.context.rotation,
+                                     self.context.turned_in_plane, SIZES)
+            image, labels = views.of(image), views.of(labels, "nearest")
+            counted = views.of(counted, "nearest") * views.inside(image)
         return image, labels, counted
 
     def _counted(self, labels: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:

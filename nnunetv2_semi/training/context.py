@@ -25,6 +25,7 @@ def build_context(trainer: nnUNetTrainerSemi) -> Context:
             "with nnUNetTrainerSemiSupervised.")
     labels, plan, settings = trainer.label_manager, trainer.configuration_manager, trainer.settings
     scale_weights = tuple(float(weight) for weight in getattr(trainer.loss, "weight_factors", (1.0,)))
+    rotation, in_plane, _, mirror_axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     return Context(
         supervised_loss=lambda output, target: trainer.loss(output, target),
         weighted_loss=WeightedDiceCE(labels.has_regions, scale_weights, plan.batch_dice, trainer.is_ddp),
@@ -34,7 +35,7 @@ def build_context(trainer: nnUNetTrainerSemi) -> Context:
         scale_weights=scale_weights, patch_size=tuple(plan.patch_size), image_size=_image_size(trainer),
         num_channels=trainer.num_input_channels, num_heads=labels.num_segmentation_heads,
         training_cases=lambda: labelled_cases.whole_training_cases(trainer, trainer.modalities),
-        mirror_axes=tuple(trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] or ()),
+        mirror_axes=tuple(mirror_axes or ()), rotation=float(max(rotation)), turned_in_plane=bool(in_plane),
         single_components=lambda: labelled_cases.single_components(trainer))
 
 

@@ -29,7 +29,8 @@ def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bo
 
 def context(channels: int = 2, regions: bool = False, ignore_label: int | None = None, one_pass: bool = False,
             deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0), images_per_pass: int = 1,
-            mirror_axes: tuple[int, ...] = (0, 1), single_components: bool = True) -> Context:
+            mirror_axes: tuple[int, ...] = (0, 1), single_components: bool = True,
+            turned_in_plane: bool = False) -> Context:
     if regions:
         loss: nn.Module = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5},
                                           use_ignore_label=ignore_label is not None,
@@ -45,7 +46,8 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
                    regions=regions, ignore_label=ignore_label, spacing=spacing, modalities=modalities,
                    arrangement=Arrangement(one_pass, images_per_pass), scale_weights=weights, patch_size=(8, 8, 8),
                    image_size=(8.0, 8.0, 8.0), num_channels=channels, num_heads=3, training_cases=lambda: iter(()),
-                   mirror_axes=mirror_axes, single_components=lambda: single_components)
+                   mirror_axes=mirror_axes, rotation=0.5, turned_in_plane=turned_in_plane,
+                   single_components=lambda: single_components)
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

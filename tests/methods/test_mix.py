@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnunetv2_semi.data.affine_views import AffineViews
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods import arrangement
@@ -18,10 +19,11 @@ SAME_INTENSITIES = {"view_gamma": 0.0, "view_scale": 0.0, "view_shift": 0.0, "vi
 
 
 def make(small, cls=Mix, progress=0.5, channels=2, dims=2, regions=False, ignore_label=None, deep_supervision=False,
-         one_pass=False, mirror_axes=(0, 1), single_components=True, **settings):
+         one_pass=False, mirror_axes=(0, 1), single_components=True, turned_in_plane=False, **settings):
     torch.manual_seed(1)
-    context = small.context(channels, regions, ignore_label, one_pass, deep_supervision, mirror_axes=mirror_axes,
-                            single_components=single_components)
+    context = small.context(channels, regions, ignore_label, one_pass, deep_supervision, (3.0, 1.0, 1.0)[-dims:],
+                            mirror_axes=mirror_axes, single_components=single_components,
+                            turned_in_plane=turned_in_plane)
     method = cls(small.network(channels, 3, dims, deep_supervision), cls.Settings(**settings), context)
     method.progress = progress
     if cls is Mix:
@@ -104,12 +106,16 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
     image, labels, weight = (small.mixed(inside, own, torch.stack(other)) for own, other in
                              zip((image, labels, weight), partners, strict=True))
     image = intensity_view(image, settings)
-    if settings.spatial_view == "flips":
+    if settings.spatial_view != "none":
         mirrored = torch.rand(len(image), len(context.mirror_axes)) < 0.5
         for k in range(len(image)):
             axes = [axis + 1 for axis, chosen in zip(context.mirror_axes, mirrored[k], strict=True) if chosen]
             for patches in (image, labels, weight):
                 patches[k] = patches[k].flip(axes)
+    if settings.spatial_view == "affine":
+        views = AffineViews.draw(len(image), context.spacing, 0.5, context.turned_in_plane, (0.7, 1.4))
+        weight = views.of(weight, "nearest") * views.inside(image)
+        image, labels = views.of(image), views.of(labels, "nearest")
     output = method.student(image)
     labels = torch.where(weight > 0, labels, 0)
     expected["pseudo_label"] = naive_weighted_dice_ce(output if deep else [output], labels, weight, context.regions,
@@ -119,7 +125,8 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
 
 @pytest.mark.parametrize("settings", [
     {}, {"voxels": "class"}, {"voxels": "weighted"}, {"voxels": "all"}, {"partner": "labelled"}, {"partner": "both"},
-    {"spatial_view": "flips"}, {"labelled_mixing": 0.0}, {"labelled_mixing": 0.5, "labelled_box": 0.75},
+    {"spatial_view": "flips"}, {"spatial_view": "affine"},
+    {"labelled_mixing": 0.0}, {"labelled_mixing": 0.5, "labelled_box": 0.75},
     {"pseudo_weight": 2.0, "cutmix": 0.0},
     {"partner": "both", "spatial_view": "flips", "voxels": "weighted"}])
 @pytest.mark.parametrize("kinds", [{}, {"regions": True}, {"ignore_label": 3},
@@ -141,7 +148,8 @@ def test_terms_are_the_equations_in_value_and_gradient(small, naive_weighted_dic
 
 
 @pytest.mark.parametrize("kinds", [{"dims": 3}, {"dims": 3, "channels": 4}, {"channels": 1}])
-@pytest.mark.parametrize("settings", [{}, {"partner": "both", "spatial_view": "flips", "voxels": "class"}])
+@pytest.mark.parametrize("settings", [{}, {"partner": "both", "spatial_view": "flips", "voxels": "class"},
+                                      {"spatial_view": "affine", "turned_in_plane": True, "voxels": "weighted"}])
 def test_terms_are_the_equations_in_3d_and_for_any_number_of_channels(small, naive_weighted_dice_ce, kinds, settings):
     kinds = {"dims": 2, **kinds}
     mirror_axes = (0, 2) if kinds["dims"] == 3 else (1,)

@@ -70,7 +70,7 @@ def test_baselines(tools, tmp_path, monkeypatch, configuration, kind):
     """Two kinds; tests/methods/test_baselines.py has all of them, without the trainer."""
     tools.prepare(tmp_path / "w", configuration, monkeypatch, **kind)
     train(tools, tmp_path / "w", configuration, BASELINES, BCP={"pretrain_fraction": 0.5},
-          Mix={"partner": "both", "spatial_view": "flips", "largest_component": None})
+          Mix={"partner": "both", "spatial_view": "affine", "largest_component": None})
 
 
 @pytest.mark.parametrize("configuration, kind", [
