@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parsed(argv, __doc__, (128, 128), list(VARIANTS))
     with phantom(2, 1, (12, *arguments.shape), arguments.seed, configuration="2d") as data:
         plans = data.plan(nnUNetPlannerSemiCPU, base_features=arguments.features)
-        trainers = {STOCK: ready(data.trainer(None, plans))}
+        trainers = {STOCK: ready(data.trainer(None, plans, device=arguments.device))}
         checkpoint = data.preprocessed / "checkpoint.pth"
         trainers[STOCK].save_checkpoint(str(checkpoint))
         trainers |= {name: ready(data.trainer(VARIANTS[name].method, plans,
-                                              with_weights(VARIANTS[name].semi, checkpoint)))
+                                              with_weights(VARIANTS[name].semi, checkpoint), arguments.device))
                      for name in arguments.only if name != STOCK}
         patch = tuple(trainers[STOCK].configuration_manager.patch_size)
         batches = {name: random_batch(trainer, patch, arguments.seed) for name, trainer in trainers.items()}

@@ -1,0 +1,46 @@
+"""Draw gains.png, the picture of the summary page, from the measures of the studies. Needs the extra [benchmark]."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from nnunetv2_semi.benchmark.report.summary import summarise  # noqa: E402
+from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND  # noqa: E402
+
+HERE = Path(__file__).parent
+STUDIES = {"acdc4": "heart MR, 4 of 60 labelled", "brats2d": "brain tumours, 3 of 9 labelled",
+           "busi64": "breast ultrasound, 64 of 456 labelled, all benign",
+           "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
+COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not to be told from chance
+
+
+def main() -> None:
+    """Each method's difference to the first control and its 95 % interval, a panel for each study."""
+    studies = {title: _differences(HERE / "studies" / f"{name}_measures.csv") for name, title in STUDIES.items()}
+    heights = [len(rows) + 0.8 for rows in studies.values()]
+    figure, panels = plt.subplots(len(studies), 1, sharex=True, figsize=(7, 0.32 * sum(heights) + 0.8),
+                                  height_ratios=heights, layout="constrained")
+    for axes, (title, rows) in zip(panels, studies.items(), strict=True):
+        for place, row in enumerate(rows.itertuples()):
+            colour = COLOURS.get(str(row.verdict), "tab:gray")
+            axes.plot([row.difference_low, row.difference_high], [place] * 2, color=colour)
+            axes.plot(row.difference, place, "o", color=colour)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), rows.method)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(title, loc="left", fontsize="medium")
+    panels[-1].set_xlabel("Dice minus that of nnU-Net's own training, and its 95 % interval")
+    figure.savefig(HERE / "gains.png", dpi=110)
+
+
+def _differences(measures: Path) -> pd.DataFrame:
+    rows = summarise(pd.read_csv(measures))
+    return rows[(rows.metric == "dice") & (rows.label == "mean over labels") & (rows.role == "method")]
+
+
+if __name__ == "__main__":
+    main()
