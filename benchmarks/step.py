@@ -85,14 +85,19 @@ def passes_of(trainer: nnUNetTrainer, batch: dict) -> Passes:
     return passes
 
 
+def features_of(trainer: nnUNetTrainer) -> int:
+    """Of the first stage of its network."""
+    return trainer.configuration_manager.configuration["architecture"]["arch_kwargs"]["features_per_stage"][0]
+
+
 def parsed(argv: Sequence[str] | None, description: str | None, shape: tuple[int, ...],
            trainers: Sequence[str]) -> argparse.Namespace:
     """The options of a benchmark of steps. shape: of the phantom, the default. trainers: those to choose from."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, all trainers in each (default: 3)")
     parser.add_argument("--shape", type=int, nargs=len(shape), default=shape, help="of the phantom, voxels")
-    parser.add_argument("--features", type=int, default=8, metavar="N",
-                        help="of the networks' first stage (default: 8, the CPU preset's; nnU-Net's: 32)")
+    parser.add_argument("--features", type=int, metavar="N",
+                        help="of the networks' first stage (default: the planner's: 8 on a CPU, 32 on a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="of phantom and batches (default: 0)")
     parser.add_argument("--only", nargs="+", default=list(trainers), metavar="TRAINER", choices=list(trainers),
                         help="trainers beside nnU-Net's own (default: all of " + ", ".join(trainers) + ")")
@@ -105,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [STOCK, *(name for name in arguments.only if name != STOCK)]
     on_gpu = arguments.device == "cuda"
     with phantom(2, 1, tuple(arguments.shape), arguments.seed) as data:
-        plans = (data.plan(ExperimentPlanner, image_shape=GPU_CASES) if on_gpu else
-                 data.plan(nnUNetPlannerSemiCPU, base_features=arguments.features))
+        planner, cases = (ExperimentPlanner, GPU_CASES) if on_gpu else (nnUNetPlannerSemiCPU, None)
+        plans = data.plan(planner, base_features=arguments.features, image_shape=cases)
         trainers, batches, passes, peaks = {}, {}, {}, {}
         for name in chosen:
             with GpuMemory() if on_gpu else nullcontext() as memory:
@@ -115,16 +120,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 patch = tuple(trainers[name].configuration_manager.patch_size)
                 batches[name] = random_batch(trainers[name], patch, arguments.seed)
                 passes[name] = passes_of(trainers[name], batches[name])
-                trainers[name].train_step(batches[name])  # with the optimisers' state there
+                if on_gpu:  # the peak is that of a step that finds the optimisers' state there
+                    trainers[name].train_step(batches[name])
             peaks[name] = memory.peak if memory else 0
         times = alternately({name: lambda name=name: trainers[name].train_step(batches[name]) for name in chosen},
                             arguments.rounds)
     cost = {name: count.forward + 2 * count.backward for name, count in passes.items()}
     stock = times[STOCK]
-    features = trainers[STOCK].configuration_manager.configuration["architecture"]["arch_kwargs"]["features_per_stage"]
     print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, patch {list(patch)}, "
-          f"{features[0]} features, batch size {trainers[STOCK].batch_size}, {arguments.rounds} rounds, "
-          f"seed {arguments.seed}\n")
+          f"{features_of(trainers[STOCK])} features, batch size {trainers[STOCK].batch_size}, "
+          f"{arguments.rounds} rounds, seed {arguments.seed}\n")
     rows = []
     for name in chosen:
         ratio = cost[name] / cost[STOCK]

@@ -13,7 +13,7 @@ import torch
 from measuring import alternately, machine, table
 from nnunetv2.experiment_planning.semi.nnUNetPlannerSemiCPU import nnUNetPlannerSemiCPU
 from phantom_plans import phantom, random_batch, ready
-from step import parsed, passes_of
+from step import features_of, parsed, passes_of
 from variants import STOCK, Variant
 
 from nnunetv2_semi.methods.fixmatch import FixMatch
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         passes = {name: passes_of(trainer, batches[name]) for name, trainer in trainers.items()}
         times = alternately({name: lambda name=name: trainers[name].train_step(batches[name]) for name in trainers},
                             arguments.rounds)
-    print(f"{machine()}, {torch.get_num_threads()} threads, patch {list(patch)}, {arguments.features} features, batch "
-          f"size {trainers[STOCK].batch_size}, {arguments.rounds} rounds, seed {arguments.seed}\n")
+    stock = trainers[STOCK]
+    print(f"{machine()}, {torch.get_num_threads()} threads, patch {list(patch)}, {features_of(stock)} features, "
+          f"batch size {stock.batch_size}, {arguments.rounds} rounds, seed {arguments.seed}\n")
     print(table(["trainer", "U-Net, forward", "U-Net, backward", "wall time", "CPU time"],
                 [[name, f"{passes[name].forward:g}", f"{passes[name].backward:g}",
                   times[name].wall / times[STOCK].wall, times[name].cpu / times[STOCK].cpu] for name in trainers]))

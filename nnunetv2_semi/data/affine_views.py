@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import log
 from typing import Literal
@@ -19,21 +20,22 @@ class AffineViews:
     """How each patch of a batch is turned and scaled, about its centre.
 
     matrices: (B, n, n), float32: where a voxel of the view comes from, in voxels from the centre of the patch, in the
-    order of its n = 2 or 3 spatial axes.
+    order of its n = 2 or 3 spatial axes. They are on the device of the patches. shape: of a patch, voxels per axis.
     """
 
     matrices: torch.Tensor
+    shape: tuple[int, ...]
 
     @classmethod
-    def draw(cls, number: int, spacing: Sequence[float], rotation: float, in_plane: bool,
+    def draw(cls, patches: torch.Tensor, spacing: Sequence[float], rotation: float, in_plane: bool,
              scale: tuple[float, float]) -> AffineViews:
-        """Views of ``number`` patches, from torch's global random state of the CPU.
+        """Views of ``patches`` (B, C, *spatial), from torch's global random state of the CPU.
 
         spacing: mm per axis, so that what is turned keeps its shape. rotation: largest angle about each axis, radians,
         drawn evenly. in_plane: in 3D turn and scale within the last two axes alone. scale: smallest and largest size,
         relative; its logarithm is drawn evenly.
         """
-        axes = len(spacing)
+        number, axes = len(patches), len(spacing)
         moved = range(1 if in_plane and axes == 3 else 0, axes)
         matrices = torch.eye(axes).repeat(number, 1, 1)
         for first, second in combinations(moved, 2):
@@ -47,26 +49,27 @@ class AffineViews:
         size = torch.exp(smallest + (largest - smallest) * torch.rand(number))
         matrices[:, moved] /= size.view(-1, 1, 1)
         mm = torch.tensor([float(side) for side in spacing])
-        return cls(matrices * mm / mm[:, None])
+        return cls((matrices * mm / mm[:, None]).to(patches.device), tuple(patches.shape[2:]))
 
     def of(self, patches: torch.Tensor, mode: Literal["bilinear", "nearest"] = "bilinear") -> torch.Tensor:
         """The views of ``patches`` (B, C, *spatial), in their data type; voxels from outside repeat the border's.
 
         mode: "bilinear" is trilinear in 3D; "nearest" for labels. Channels that a case lacks stay as they are.
         """
-        grid = self._grid(patches)
-        views = F.grid_sample(patches.to(grid.dtype), grid, mode=mode, padding_mode="border", align_corners=False)
+        views = F.grid_sample(patches.to(self._grid.dtype), self._grid, mode=mode, padding_mode="border",
+                              align_corners=False)
         if patches.is_floating_point():
             views = fill_absent(views, present_channels(patches))
         return views.to(patches.dtype)
 
-    def inside(self, patches: torch.Tensor) -> torch.Tensor:
-        """Which voxels of the views come from within ``patches`` (B, C, *spatial): bool (B, 1, *spatial)."""
-        return (self._grid(patches).abs() <= 1).all(-1)[:, None]
+    def inside(self) -> torch.Tensor:
+        """Which voxels of the views come from within the patches: bool (B, 1, *spatial)."""
+        return (self._grid.abs() <= 1).all(-1)[:, None]
 
-    def _grid(self, patches: torch.Tensor) -> torch.Tensor:
-        """For grid_sample: -1 to 1 from edge to edge of a patch, the last axis first."""
-        sides = torch.tensor([float(side) for side in patches.shape[2:]])
+    @cached_property
+    def _grid(self) -> torch.Tensor:
+        """For grid_sample: -1 to 1 from edge to edge of a patch, the last axis first. Image and labels share it."""
+        sides = self.matrices.new_tensor(self.shape)
         relative = (self.matrices * sides / sides[:, None]).flip(1, 2)
-        theta = torch.cat([relative, relative.new_zeros(*relative.shape[:2], 1)], 2).to(patches.device)
-        return F.affine_grid(theta, [len(patches), 1, *patches.shape[2:]], align_corners=False)
+        theta = torch.cat([relative, relative.new_zeros(*relative.shape[:2], 1)], 2)
+        return F.affine_grid(theta, [len(theta), 1, *self.shape], align_corners=False)

@@ -134,10 +134,10 @@ class Mix(Method):
             flips = Flips.draw(len(image), self.context.mirror_axes)
             image, labels, counted = flips.of(image), flips.of(labels), flips.of(counted)
         if settings.spatial_view == "affine":
-            views = AffineViews.draw(len(image), self.context.spacing, self.context.rotation,
+            views = AffineViews.draw(image, self.context.spacing, self.context.rotation,
                                      self.context.turned_in_plane, SIZES)
             image, labels = views.of(image), views.of(labels, "nearest")
-            counted = views.of(counted, "nearest") * views.inside(image)
+            counted = views.of(counted, "nearest") * views.inside()
         return image, labels, counted
 
     def _counted(self, labels: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:

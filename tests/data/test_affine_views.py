@@ -10,16 +10,17 @@ KINDS = [((9, 12), (1.0, 1.0), False), ((8, 8), (0.5, 2.0), False), ((5, 8, 11),
          ((6, 7, 8), (3.0, 1.0, 1.5), False), ((4, 9, 9), (5.0, 1.0, 1.0), True)]
 
 
-def drawn(count, spacing, in_plane, rotation=1.0, scale=(0.7, 1.4), seed=0):
+def drawn(patches, spacing, in_plane, rotation=1.0, scale=(0.7, 1.4), seed=0):
     torch.manual_seed(seed)
-    return AffineViews.draw(count, spacing, rotation, in_plane, scale)
+    return AffineViews.draw(patches, spacing, rotation, in_plane, scale)
 
 
 @pytest.mark.parametrize("shape, spacing, in_plane", KINDS)
 @pytest.mark.parametrize("order, mode", [(1, "bilinear"), (0, "nearest")])
 def test_views_are_those_of_scipy(shape, spacing, in_plane, order, mode):
-    views, image = drawn(3, spacing, in_plane), torch.randn(3, 2, *shape)
-    seen, inside = views.of(image, mode), views.inside(image)
+    image = torch.randn(3, 2, *shape)
+    views = drawn(image, spacing, in_plane)
+    seen, inside = views.of(image, mode), views.inside()
     centre = (np.array(shape) - 1) / 2
     places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) - centre
     for k in range(3):
@@ -35,18 +36,18 @@ def test_views_are_those_of_scipy(shape, spacing, in_plane, order, mode):
 
 @pytest.mark.parametrize("shape, spacing, in_plane", KINDS)
 def test_without_angle_and_size_nothing_moves(shape, spacing, in_plane):
-    views = drawn(2, spacing, in_plane, rotation=0.0, scale=(1.0, 1.0))
     image, labels = torch.randn(2, 2, *shape), torch.randint(0, 4, (2, 3, *shape))
+    views = drawn(image, spacing, in_plane, rotation=0.0, scale=(1.0, 1.0))
     assert torch.allclose(views.of(image), image, atol=1e-4)
     moved = views.of(labels, "nearest")
     assert torch.equal(moved, labels) and moved.dtype == labels.dtype
     mask = labels > 1
-    assert torch.equal(views.of(mask, "nearest"), mask) and views.inside(image).all()
+    assert torch.equal(views.of(mask, "nearest"), mask) and views.inside().all()
 
 
 @pytest.mark.parametrize("shape, spacing, in_plane", KINDS)
 def test_shapes_in_mm_are_kept_and_sizes_and_angles_are_in_their_range(shape, spacing, in_plane):
-    views, mm = drawn(400, spacing, in_plane), torch.tensor(spacing)
+    views, mm = drawn(torch.zeros(400, 1, *shape), spacing, in_plane), torch.tensor(spacing)
     turned = views.matrices * mm[:, None] / mm
     first = 1 if in_plane else 0
     if in_plane:
@@ -70,11 +71,11 @@ def test_a_quarter_turn_is_rot90(axes):
     matrix[axes[0], axes[0]] = matrix[axes[1], axes[1]] = 0.0
     matrix[axes[0], axes[1]], matrix[axes[1], axes[0]] = -1.0, 1.0
     expected = torch.rot90(image, -1, (axes[0] + 2, axes[1] + 2))
-    assert torch.allclose(AffineViews(matrix[None]).of(image), expected, atol=1e-4)
+    assert torch.allclose(AffineViews(matrix[None], (6, 6, 6)).of(image), expected, atol=1e-4)
 
 
 def test_the_mark_of_absent_channels_stays():
     image = torch.randn(2, 2, 8, 8)
     image[0, 1] = FILL
-    seen = drawn(2, (1.0, 1.0), False).of(image)
+    seen = drawn(image, (1.0, 1.0), False).of(image)
     assert torch.equal(present_channels(seen), present_channels(image)) and seen[0, 1].signbit().all()

@@ -113,8 +113,8 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
             for patches in (image, labels, weight):
                 patches[k] = patches[k].flip(axes)
     if settings.spatial_view == "affine":
-        views = AffineViews.draw(len(image), context.spacing, 0.5, context.turned_in_plane, (0.7, 1.4))
-        weight = views.of(weight, "nearest") * views.inside(image)
+        views = AffineViews.draw(image, context.spacing, 0.5, context.turned_in_plane, (0.7, 1.4))
+        weight = views.of(weight, "nearest") * views.inside()
         image, labels = views.of(image), views.of(labels, "nearest")
     output = method.student(image)
     labels = torch.where(weight > 0, labels, 0)
