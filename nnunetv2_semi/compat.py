@@ -103,10 +103,18 @@ def train_on_cpu_under_gloo(trainer: nnUNetTrainer) -> None:
 def no_more_threads_than_cores(device: torch.device) -> None:
     """On a processor nnU-Net's commands ask for as many threads as the machine has cores, however few are allowed.
 
-    Threads that share a core wait for each other: two on one core took 1.65 times as long as one.
+    Allowed are the cores that this process may use, and OMP_NUM_THREADS where it is a number. Threads that share a core
+    wait for each other: two on one core took 1.65 times as long as one.
     """
-    if device.type == "cpu" and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    if device.type != "cpu":
+        return
+    allowed = [torch.get_num_threads()]
+    if hasattr(os, "sched_getaffinity"):
+        allowed.append(len(os.sched_getaffinity(0)))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        allowed.append(int(asked))
+    torch.set_num_threads(min(allowed))
 
 
 def take_over_settings(trainer: nnUNetTrainer, settings: Settings) -> None:

@@ -11,6 +11,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
 
+from nnunetv2_semi.compat import no_more_threads_than_cores
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training import checkpoints
 
@@ -273,3 +274,21 @@ def test_loaders_end_with_the_training_however_it_ends(tools, workspace, monkeyp
     with pytest.raises(ZeroDivisionError):
         trainer.run_training()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("cores", "asked", "threads"), [
+    ({0, 1, 2}, None, 3), ({0, 1, 2}, "2", 2), ({0}, "2", 1), (set(range(64)), "16", 8),  # nnU-Net asked for 8
+    ({0, 1}, "0", 2), ({0, 1}, "1,4", 2), ({0, 1}, "all", 2),
+])
+def test_threads_on_a_processor(monkeypatch, cores, asked, threads):
+    """nnU-Net takes a thread for each core of the machine; no more than are allowed are left of them."""
+    chosen = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    no_more_threads_than_cores(torch.device("cpu"))
+    no_more_threads_than_cores(torch.device("cuda"))
+    assert chosen == [threads]
