@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.atomic_files import whole_folder, write_json_whole
 from nnunetv2_semi.data.dataset_settings import folder_name
 from nnunetv2_semi.errors import UserError
 
@@ -82,7 +82,8 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
 
     model_folder: ``<results>/<dataset>/<trainer>__<plans>__<configuration>``. modality: only this one, straight into
     ``output_folder``; None: all, into one sub-folder each where there are several. folds: such as ["0", "all"]; None:
-    all that have ``checkpoint_name``. Returns name -> folder written. Raises UserError for what does not exist.
+    all that have ``checkpoint_name``. Returns name -> folder written; ``output_folder`` appears when all are. Raises
+    UserError for what does not exist, and for an ``output_folder`` that is not empty.
     """
     import torch
 
@@ -91,25 +92,27 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
     folds = _folds(model_folder, folds, checkpoint_name)
     plans = _read_json(os.path.join(model_folder, "plans.json"))
     dataset_json = read_dataset_json(os.path.join(model_folder, "dataset.json"))
+    _check_nothing_in(output_folder)
     written: dict[str, str] = {}
-    for fold in folds:
-        path = os.path.join(model_folder, f"fold_{fold}", checkpoint_name)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        configuration = checkpoint["init_args"]["configuration"]
-        method = _method_of(checkpoint["trainer_name"])
-        network = _deployed_network(method, plans, configuration, dataset_json, checkpoint["network_weights"])
-        models = method.stock_networks(network, len(dataset_json["channel_names"]))
-        for name, (channels, weights) in _chosen(models, modality, method.name).items():
-            one_of_several = len(models) > 1 and modality is None
-            folder = os.path.join(output_folder, folder_name(name)) if one_of_several else output_folder
-            stock = {"plans": _stock_plans(plans, channels), "dataset_json": _stock_dataset(dataset_json, channels)}
-            if name not in written:
-                _make_folder(folder)
-                write_json_whole(os.path.join(folder, "plans.json"), stock["plans"])
-                write_json_whole(os.path.join(folder, "dataset.json"), stock["dataset_json"])
-                _copy_fingerprint(model_folder, folder, channels)
-                written[name] = folder
-            _save_checkpoint(checkpoint, weights, stock, fold, os.path.join(folder, f"fold_{fold}", checkpoint_name))
+    with whole_folder(output_folder) as unfinished:
+        for fold in folds:
+            path = os.path.join(model_folder, f"fold_{fold}", checkpoint_name)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+            configuration = checkpoint["init_args"]["configuration"]
+            method = _method_of(checkpoint["trainer_name"])
+            network = _deployed_network(method, plans, configuration, dataset_json, checkpoint["network_weights"])
+            models = method.stock_networks(network, len(dataset_json["channel_names"]))
+            for name, (channels, weights) in _chosen(models, modality, method.name).items():
+                part = folder_name(name) if len(models) > 1 and modality is None else ""
+                folder = os.path.join(unfinished, part)
+                stock = {"plans": _stock_plans(plans, channels), "dataset_json": _stock_dataset(dataset_json, channels)}
+                if name not in written:
+                    write_json_whole(os.path.join(folder, "plans.json"), stock["plans"])
+                    write_json_whole(os.path.join(folder, "dataset.json"), stock["dataset_json"])
+                    _copy_fingerprint(model_folder, folder, channels)
+                    written[name] = os.path.join(output_folder, part) if part else output_folder
+                _save_checkpoint(checkpoint, weights, stock, fold,
+                                 os.path.join(folder, f"fold_{fold}", checkpoint_name))
     return written
 
 
@@ -208,11 +211,6 @@ def _save_checkpoint(checkpoint: dict, weights: dict, stock: dict[str, dict], fo
         "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
         "current_epoch": checkpoint["current_epoch"],
     }, path)
-
-
-def _make_folder(folder: str) -> None:
-    _check_nothing_in(folder)
-    os.makedirs(folder, exist_ok=True)
 
 
 def _check_nothing_in(folder: str) -> None:

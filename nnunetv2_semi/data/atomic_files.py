@@ -1,9 +1,10 @@
-"""Files that are either absent or complete, whatever moment the process is killed at."""
+"""Files and folders that are either absent or complete, whatever moment the process is killed at."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,24 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[str]:
+    """A new folder beside ``path``, hidden from nnU-Net by a dot; renamed to ``path`` when the block ends well.
+
+    ``path`` may be there, as an empty folder. OSError is raised if something is in it by then.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    unfinished = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
+    os.makedirs(unfinished)
+    try:
+        yield unfinished
+        if os.path.isdir(path):
+            os.rmdir(path)  # on Windows nothing can be renamed to what is there
+        os.rename(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json_whole(path: str, content: Mapping[str, object] | Sequence[object]) -> None:

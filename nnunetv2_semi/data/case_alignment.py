@@ -172,12 +172,14 @@ def read_image(file: str) -> sitk.Image:
     """A scalar image of two or three axes.
 
     Raises:
-        RuntimeError, OSError, EOFError: it is none, or damaged.
+        RuntimeError, OSError, EOFError: it is none, is damaged, or has voxels that are not finite.
     """
     check_file_complete(file)
     image = sitk.ReadImage(file)
     if image.GetNumberOfComponentsPerPixel() > 1 or image.GetDimension() > 3:
         raise RuntimeError(f"{os.path.basename(file)} holds several channels: write each into a file of its own")
+    if not np.isfinite(sitk.GetArrayViewFromImage(image)).all():
+        raise RuntimeError(f"{os.path.basename(file)} has voxels that are not finite numbers (NaN or infinity)")
     return image
 
 

@@ -7,14 +7,13 @@ modalities. `phantom_anatomy` has what is in the images.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_semi.data.atomic_files import whole_folder
 from nnunetv2_semi.data.phantom_anatomy import (
     CT_MODALITIES,
     INTENSITY_SCALE,
@@ -80,10 +79,9 @@ def make_phantom_dataset(
     folder = raw_folder / f"Dataset{dataset_id:03d}_{name}"
     if folder.exists():
         raise UserError(f"The phantom is not written: {folder} exists already. Remove it or choose another folder.")
-    partial = raw_folder / f".{folder.name}.{os.getpid()}.partial"
     voxel_size = (2.0,) * len(shape) if spacing is None else spacing
-    try:
-        case_number = 0
+    with whole_folder(folder) as unfinished:
+        partial, case_number = Path(unfinished), 0
         for split, count in (("Tr", labelled), ("Un", unlabelled), ("Ts", test)):
             for _ in range(count):
                 case = make_phantom_case(case_number, shape, channels, seed, ct)
@@ -102,9 +100,6 @@ def make_phantom_dataset(
         description = _dataset_json(labelled, (CT_MODALITIES if ct else MODALITIES)[:channels], regions, ignore_label,
                                     file_ending)
         (partial / "dataset.json").write_text(json.dumps(description, indent=4), encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -76,7 +76,7 @@ class FusionSettings(PerturbationSettings):
     threshold_warmup_epochs: int | None = setting(
         None,
         "the same in epochs, if given",
-        at_least=1, paper=20,
+        at_least=1,
     )
     uncertainty_passes: int = setting(
         4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
-from nnunetv2_semi.data.atomic_files import whole_file, write_json_whole
+from nnunetv2_semi.data.atomic_files import whole_folder, write_json_whole
 from nnunetv2_semi.data.dataset_settings import folder_name, named_channels, num_channels
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.base import Method
@@ -45,7 +45,8 @@ def export_onnx(model_folder: str, output_folder: str, *, folds: Sequence[str], 
 
     Args:
         model_folder: of a trainer of this package or of nnU-Net.
-        output_folder: the deployed network goes straight into it, each modality's into a folder of its name.
+        output_folder: the deployed network goes straight into it, each modality's into a folder of its name. It
+            appears when all are written and checked.
         folds: each becomes a file.
         checkpoint_name: of a fold.
         modality: its network alone, straight into ``output_folder``; None: all.
@@ -63,9 +64,11 @@ def export_onnx(model_folder: str, output_folder: str, *, folds: Sequence[str], 
     wanted, remarks = _wanted(model, modality)
     patches, source = patches_to_check_on(model.plans, model.configuration, model.dataset_json)
     written = {}
-    for name in wanted:
-        folder = os.path.join(output_folder, folder_name(name)) if name and modality is None else output_folder
-        written[name] = _export_one(model, name, folder, patches, source, tolerance)
+    with whole_folder(output_folder) as unfinished:
+        for name in wanted:
+            part = folder_name(name) if name and modality is None else ""
+            exported = _export_one(model, name, os.path.join(unfinished, part), patches, source, tolerance)
+            written[name] = replace(exported, folder=os.path.join(output_folder, part) if part else output_folder)
     return written, remarks
 
 
@@ -143,21 +146,22 @@ def _export_one(model: _Model, name: str, folder: str, patches: Sequence[np.ndar
     if not compared:
         compared, source = _noise(patches, channels), "noise, as the patches found hold nothing"
     files, differences = {}, {}
+    os.makedirs(folder, exist_ok=True)
     for fold in model.weights:
         network, files[fold] = model.of_fold(fold, name), f"fold_{fold}.onnx"
-        with whole_file(os.path.join(folder, files[fold])) as unfinished:
-            try:
-                write_graph(network, compared[0].shape[1:], unfinished)
-            except UserError as error:
-                others = f" Of the networks within it ask for one: --modality {next(iter(model.parts))}." \
-                    if model.parts and not name else ""
-                raise UserError(f"{error}{others}") from error
-            difference, largest = differences[fold] = largest_difference(network, unfinished, compared)
-            if not difference <= tolerance * max(1.0, largest):
-                raise UserError(
-                    f"{name or 'The network'}, fold {fold}: logits of ONNX Runtime differ from PyTorch's by up to "
-                    f"{difference:.2g} (logits are up to {largest:.3g}; allowed are {tolerance:g} of that) on {source}."
-                    " The file is not kept. --tolerance allows more.")
+        file = os.path.join(folder, files[fold])
+        try:
+            write_graph(network, compared[0].shape[1:], file)
+        except UserError as error:
+            others = f" Of the networks within it ask for one: --modality {next(iter(model.parts))}." \
+                if model.parts and not name else ""
+            raise UserError(f"{error}{others}") from error
+        difference, largest = differences[fold] = largest_difference(network, file, compared)
+        if not difference <= tolerance * max(1.0, largest):
+            raise UserError(
+                f"{name or 'The network'}, fold {fold}: logits of ONNX Runtime differ from PyTorch's by up to "
+                f"{difference:.2g} (logits are up to {largest:.3g}; allowed are {tolerance:g} of that) on {source}. "
+                "No file is kept. --tolerance allows more.")
     content = description(model.plans, model.configuration, model.dataset_json, channels, model.mirroring_axes, files,
                           {**model.made_from, "network": name or "deployed"})
     write_json_whole(os.path.join(folder, FILE), content)

@@ -7,18 +7,23 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.logging import nnunet_logger
 
 from nnunetv2_semi import cli
+from nnunetv2_semi.benchmark.datasets.source_cases import Case, read_source
 from nnunetv2_semi.benchmark.distillation import comparison
-from nnunetv2_semi.benchmark.distillation.start import checked_start
+from nnunetv2_semi.benchmark.distillation.start import Start, checked_start
 from nnunetv2_semi.benchmark.self_training import models
 from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.errors import UserError
@@ -172,6 +177,56 @@ def test_several_folds_teach_one_modality_to_a_student_that_is_exported_and_judg
     first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"{case}.nii.gz")))
                      for folder in (found.folder, tmp_path / "out" / "predictions" / "student"))
     assert np.mean(first != second) < 0.01
+
+
+def compared(folder: Path, channels: list[int] | None, ending: str = ".nii.gz") -> dict[str, Case]:
+    """The cases of a data set that a student which sees ``channels`` is judged on, all of them test cases."""
+    known = {"source": read_source(folder.name), "fold": "all", "channels": channels, "modality": None,
+                     "teacher": SimpleNamespace(plans=SimpleNamespace(
+                         image_reader_writer_class=Tiff3DIO if ending == ".tif" else SimpleITKIO))}
+    others = {field.name: None for field in fields(Start)}
+    return Start(**{**others, **known}).cases_to_compare()[1]  # type: ignore[arg-type]
+
+
+def test_a_student_of_one_modality_is_judged_on_cases_that_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TIFF, whose voxel size is in a file of its own: that is no image."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    folder = tmp_path / "Dataset003_Tiff"
+    for split, cases in (("Tr", "a"), ("Ts", "bc")):
+        for case in cases:
+            for part, names in (("images", [f"{case}_0000", f"{case}_0001"]), ("labels", [case])):
+                (folder / f"{part}{split}").mkdir(parents=True, exist_ok=True)
+                (folder / f"{part}{split}" / f"{case}.json").write_text('{"spacing": [2, 1, 1]}')
+                for name in names:
+                    tifffile.imwrite(folder / f"{part}{split}" / f"{name}.tif", np.ones((3, 4, 5), np.uint8))
+    (folder / "imagesTs" / "c_0001.tif").unlink()
+    (folder / "dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "one": 1}, "numTraining": 1,
+        "file_ending": ".tif"}))
+    assert set(compared(folder, None, ".tif")) == set(compared(folder, [0], ".tif")) == {"b", "c"}
+    case, = compared(folder, [1], ".tif").values()
+    assert set(case.images) == {"b_0000.tif", "b_0001.tif"} and set(case.label) == {"b.tif"}
+    assert set(case.files("i", "l")) == {"i/b_0000.tif", "i/b_0001.tif", "i/b.json", "l/b.tif", "l/b.json"}
+    read, properties = Tiff3DIO().read_images(list(case.images.values()))
+    assert read.shape == (2, 3, 4, 5) and list(properties["spacing"]) == [2, 1, 1]
+
+
+def test_a_case_whose_one_file_holds_all_channels_has_each_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    folder = tmp_path / "Dataset003_Stacked"
+    for part, name, shape in (("imagesTr", "a_0000", (2, 3, 4, 5)), ("labelsTr", "a", (3, 4, 5)),
+                              ("imagesTs", "b_0000", (2, 3, 4, 5)), ("labelsTs", "b", (3, 4, 5))):
+        (folder / part).mkdir(parents=True)
+        image = sitk.GetImageFromArray(np.ones(shape, np.uint8), isVector=False)
+        sitk.WriteImage(image, str(folder / part / f"{name}.nii.gz"))
+    (folder / "dataset.json").write_text(json.dumps({
+        "channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "one": 1}, "numTraining": 1,
+        "file_ending": ".nii.gz"}))
+    assert set(compared(folder, [1])) == {"b"}
 
 
 def test_stopped_it_goes_on_and_ends_with_the_same_weights(

@@ -363,6 +363,31 @@ def test_an_image_of_several_channels_is_named(tmp_path):
         case_alignment.read_image(str(file))
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_an_image_with_voxels_that_are_not_finite_is_named(tmp_path, value):
+    """Of NIfTI files SimpleITK reads them as 0."""
+    file, voxels = tmp_path / "case_0001.nrrd", np.ones((4, 4, 4), np.float32)
+    voxels[1, 2, 3] = value
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(file))
+    with pytest.raises(RuntimeError, match="case_0001.nrrd has voxels that are not finite"):
+        case_alignment.read_image(str(file))
+
+
+def test_every_image_of_a_case_is_checked_for_them(raw, capsys):
+    """Also the one that nothing is registered to, and that nothing moves: the second channel of the fixed modality."""
+    source = make_source(raw, 3, file_ending=".nrrd")
+    file = next(source.glob("imagesUn/*_0001*"))
+    image = sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkFloat32)
+    image[3, 4] = float("nan")
+    sitk.WriteImage(image, str(file))
+    content = dataset_json(source)
+    content["semi"] = {"modalities": {"A": [0, 1], "B": [2]}}
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert align() == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not list(made(raw).glob("imagesUn/*")) and len(list(made(raw).glob("imagesTr/*"))) == 6
+
+
 def test_other_options_do_not_go_on_where_a_run_stopped(raw, capsys):
     make_source(raw, labelled=1, unlabelled=0, test=0)
     assert align() == 0

@@ -14,6 +14,7 @@ from nnunetv2.utilities import find_objects
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi import cli
+from nnunetv2_semi.commands import export
 from nnunetv2_semi.commands.export import export_model
 from nnunetv2_semi.errors import UserError
 
@@ -247,3 +248,19 @@ def test_a_network_can_be_built_without_memory(name):
         network = ours(f"nnUNetTrainerSemi{name}").build_network_architecture(
             manager, manager.get_configuration("2d"), 3, 2, False)
     assert all(weights.is_meta for weights in network.parameters()) and list(network.parameters())
+
+
+def test_where_it_fails_on_the_way_nothing_is_left(model, tmp_path, monkeypatch):
+    folder, _ = model(CML)
+    saved = []
+
+    def full_disk(*arguments):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise OSError("No space left on device")
+        save(*arguments)
+    save = export._save_checkpoint
+    monkeypatch.setattr(export, "_save_checkpoint", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        export_model(str(folder), str(tmp_path / "out"))
+    assert len(saved) == 2 and not list(tmp_path.glob("*out*"))

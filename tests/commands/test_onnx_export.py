@@ -26,6 +26,7 @@ from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
 from nnunetv2_semi.networks.conventional_and_foundation import ConventionalAndFoundation
+from nnunetv2_semi.networks.cross_modal_attention import CrossModalAttention
 from nnunetv2_semi.networks.deployment import Deployed
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
 
@@ -123,6 +124,9 @@ def model(workspace):
             torch.manual_seed(number)
             network = trainer_class(trainer).build_network_architecture(
                 manager, manager.get_configuration(configuration), channels, heads, False)
+            for module in network.modules():
+                if isinstance(module, CrossModalAttention):  # which starts as none
+                    nn.init.normal_(module.output.weight)
             (folder / f"fold_{fold}").mkdir(parents=True)
             torch.save({"network_weights": network.state_dict(), "trainer_name": trainer,
                         "init_args": {"configuration": configuration, "plans": plans, "dataset_json": dataset_json},
@@ -266,7 +270,15 @@ def test_a_difference_above_the_tolerance_is_refused_and_no_file_is_left(model, 
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert "fold 0: logits of ONNX Runtime differ from PyTorch's by up to" in error and "1e-12" in error
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_where_a_later_fold_differs_nothing_is_left_either(model, tmp_path, monkeypatch, capsys):
+    folder, found = model(CML, folds=("0", "1")), iter([(0.0, 1.0)] * 3 + [(1.0, 1.0)])
+    monkeypatch.setattr(export, "largest_difference", lambda *_: next(found))
+    assert cli.main(["export", "--onnx", "-m", str(folder), "-o", str(tmp_path / "out")]) == 1
+    assert "T1, fold 1: logits of ONNX Runtime differ" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_the_largest_difference_is_that_of_all_batches(tmp_path):

@@ -1,9 +1,10 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from nnunetv2_semi.data.atomic_files import read_json_object, whole_file, write_json_whole
+from nnunetv2_semi.data.atomic_files import read_json_object, whole_file, whole_folder, write_json_whole
 
 
 def test_the_older_file_stands_until_the_new_one_is_whole(tmp_path):
@@ -87,3 +88,30 @@ def test_what_is_no_json_object_is_none(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     assert read_json_object(str(path)) is None
+
+
+def test_a_folder_appears_when_all_is_in_it(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with whole_folder(target) as unfinished:
+        (Path(unfinished) / "a.txt").write_text("a")
+        assert not target.exists() and Path(unfinished).name.startswith(".")
+    assert [file.name for file in target.iterdir()] == ["a.txt"] and len(list(target.parent.iterdir())) == 1
+
+
+def test_a_folder_that_is_not_finished_is_not_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "folder") as unfinished:
+        (Path(unfinished) / "a.txt").write_text("a")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_empty_folder_gives_way(tmp_path):
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with whole_folder(tmp_path / "empty") as unfinished:
+        (Path(unfinished) / "a.txt").write_text("a")
+    with pytest.raises(OSError), whole_folder(tmp_path / "full"):
+        pass
+    assert (tmp_path / "empty" / "a.txt").is_file() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -30,10 +30,22 @@ REQUIRED_KEYS = ("labels", "file_ending")
 
 @dataclass(frozen=True)
 class Case:
-    """Files of one case: file name in an nnU-Net folder to path of the file. Without a label, `label` is empty."""
+    """Files of one case: file name in an nnU-Net folder to path of the file. Without a label, `label` is empty.
+
+    beside_images, beside_label: what belongs to these files and is no image: the voxel size of TIFF files.
+    """
 
     images: dict[str, str]
     label: dict[str, str]
+    beside_images: dict[str, str] = field(default_factory=dict)
+    beside_label: dict[str, str] = field(default_factory=dict)
+
+    def files(self, images_folder: str, label_folder: str | None = None) -> dict[str, str]:
+        """All files, by their path in a data set: in ``images_folder`` and, unless it is None, ``label_folder``."""
+        groups = [(images_folder, self.images | self.beside_images)]
+        if label_folder is not None:
+            groups.append((label_folder, self.label | self.beside_label))
+        return {f"{folder}/{name}": path for folder, group in groups for name, path in group.items()}
 
 
 @dataclass(frozen=True)
@@ -165,15 +177,15 @@ def _test_cases(folder: str, ending: str) -> dict[str, Case]:
 
 
 def _case(case: str, images: Mapping[str, str], label: str | None, ending: str) -> Case:
-    files = dict(images)
-    labels = {} if label is None else {case + ending: label}
+    found = Case(dict(images), {} if label is None else {case + ending: label})
     if ending.lower() in Tiff3DIO.supported_file_endings:
         # Where the voxel size of a TIFF file is stored: beside the first channel, without its number.
-        stems = [(files, next(iter(images.values()))[: -len(ending) - 5]), (labels, (label or "")[: -len(ending)])]
+        stems = [(found.beside_images, next(iter(images.values()))[: -len(ending) - 5]),
+                 (found.beside_label, (label or "")[: -len(ending)])]
         for group, stem in stems:
             if stem and os.path.isfile(stem + ".json"):
                 group[case + ".json"] = stem + ".json"
-    return Case(files, labels)
+    return found
 
 
 def _channels(paths: Sequence[str], dataset_json: dict) -> list[int]:
@@ -195,7 +207,7 @@ def _check_files(source: Source) -> None:
         path
         for case in (*source.labelled.values(), *source.unlabelled.values(), *source.test.values())
         for path in (*case.images.values(), *case.label.values())
-        if not os.path.isfile(path) or not path.endswith((ending, ".json"))
+        if not os.path.isfile(path) or not path.endswith(ending)
     ]
     if wrong:
         raise UserError(

@@ -165,10 +165,9 @@ def make_subset(
     links: dict[str, str] = {}
     for split, cases in (("Tr", {case: source.labelled[case] for case in labelled}), ("Ts", test)):
         for case in cases.values():
-            links |= {f"images{split}/{name}": original for name, original in case.images.items()}
-            links |= {f"labels{split}/{name}": original for name, original in case.label.items()}
+            links |= case.files(f"images{split}", f"labels{split}")
     for case in unlabelled.values():
-        links |= {f"{UNLABELLED_FOLDER}/{name}": original for name, original in case.images.items()}
+        links |= case.files(UNLABELLED_FOLDER)
     links = {link: os.path.realpath(original) for link, original in links.items()}
     names = class_names(source.dataset_json).values()
     cases_per_class = {

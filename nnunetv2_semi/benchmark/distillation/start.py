@@ -15,8 +15,9 @@ from nnunetv2_semi.benchmark.datasets.source_cases import Case, Source
 from nnunetv2_semi.benchmark.distillation.preprocessing import differences, preprocessing_facts
 from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.data.case_channels import channels_by_name
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
-from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, case_and_channel, naming_rule
+from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.distillation import Distillation
 from nnunetv2_semi.methods.settings import settings_from_plan
@@ -65,6 +66,9 @@ class Start:
 
         Those of the fold's validation split; of fold all, the test cases that have a label. Cases without what the
         student sees are left out. Known once the student is trained.
+
+        Raises:
+            UserError: The files of a case do not tell which channels they hold.
         """
         if self.fold == ALL:
             what, cases = "test cases", self.source.test
@@ -72,14 +76,11 @@ class Start:
             split = json.loads((self.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[int(self.fold)]
             what = f"validation cases of fold {self.fold}"
             cases = {name: self.source.labelled[name] for name in sorted(split["val"])}
-        return what, {name: case for name, case in cases.items() if self._has_modality(case)}
-
-    def _has_modality(self, case: Case) -> bool:
         if self.channels is None:
-            return True
-        found = [case_and_channel(name, self.source.dataset_json["file_ending"]) for name in case.images]
-        # A single file without a number holds all channels.
-        return any(number is None or number[1] in self.channels for number in found)
+            return what, cases
+        found = channels_by_name({name: list(case.images.values()) for name, case in cases.items()},
+                                 self.source.dataset_json, self.teacher.plans.image_reader_writer_class)
+        return what, {name: case for name, case in cases.items() if not set(self.channels).isdisjoint(found[name])}
 
 
 def checked_start(source: Source, folders: Folders, teacher: TrainedModel, *, student: str, configuration: str,

@@ -74,11 +74,9 @@ def _files(source: Source, predictions: Path, kept: Sequence[str]) -> tuple[dict
     """What is linked and what is copied: path in the new data set to original."""
     links: dict[str, str] = {}
     for case in source.labelled.values():
-        links |= {f"imagesTr/{name}": original for name, original in case.images.items()}
-        links |= {f"labelsTr/{name}": original for name, original in case.label.items()}
+        links |= case.files("imagesTr", "labelsTr")
     for name, case in source.unlabelled.items():
-        folder = "imagesTr" if name in kept else UNLABELLED_FOLDER
-        links |= {f"{folder}/{file}": original for file, original in case.images.items()}
+        links |= case.files("imagesTr" if name in kept else UNLABELLED_FOLDER)
     for folder in ("imagesTs", "labelsTs"):
         where = os.path.join(source.folder, folder)
         names = sorted(os.listdir(where)) if os.path.isdir(where) else []
