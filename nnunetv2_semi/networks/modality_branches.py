@@ -113,7 +113,17 @@ def mean_probability_logits(logits: Sequence[torch.Tensor], regions: bool,
         # The constant log(number of predictions) is the same for all classes, and so is the mean normaliser of the
         # voters: softmax removes them. With it a single vote is that prediction's own logits, which nnU-Net's predictor
         # averages over windows as it does with any network's.
-        normaliser = stacked.logsumexp(2, keepdim=True)
+        normaliser = _log_sum_exp(stacked, 2)
         mean_normaliser = (normaliser * votes).sum(0) / votes.sum(0)
-        return (stacked - normaliser + silent).logsumexp(0) + mean_normaliser
-    return (F.logsigmoid(stacked) + silent).logsumexp(0) - (F.logsigmoid(-stacked) + silent).logsumexp(0)
+        return (_log_sum_exp(stacked - normaliser + silent, 0) + mean_normaliser)[0]
+    # log sigmoid(x) = -softplus(-x). PyTorch's logsigmoid becomes log(sigmoid(x)) in ONNX, which is -inf from -18 on.
+    return (_log_sum_exp(silent - F.softplus(-stacked), 0) - _log_sum_exp(silent - F.softplus(stacked), 0))[0]
+
+
+def _log_sum_exp(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """As `torch.logsumexp`, with ``dim`` kept. That one becomes log(sum(exp(x))) in ONNX, -inf where all are below -104.
+
+    Of values along ``dim`` one at least is finite.
+    """
+    largest = values.amax(dim, keepdim=True).detach()
+    return (values - largest).exp().sum(dim, keepdim=True).log() + largest

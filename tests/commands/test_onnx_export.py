@@ -201,6 +201,28 @@ def test_a_network_goes_without_a_modality_as_in_pytorch(model, tmp_path, traine
     assert (onnx_logits(tmp_path / "out" / "fold_0.onnx", other)[0] - found[0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_confident_networks_are_averaged_as_in_pytorch(model, tmp_path, regions):
+    """Logits of trained networks reach 50; a sigmoid of -18 is 0 in ONNX Runtime."""
+    labels = {"background": 0, "all": [1, 2], "lesion": 2} if regions else {"background": 0, "organ": 1}
+    dataset_json = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz",
+                    "regions_class_order": [1, 2]}
+    folder = model(CML, regions=regions, dataset_json=dataset_json)
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    for name, weights in checkpoint["network_weights"].items():
+        if "seg_layers" in name:
+            weights *= 100
+    torch.save(checkpoint, file)
+    exported(folder, tmp_path / "out")
+    images = torch.randn(2, 2, 16, 12)
+    with torch.no_grad():
+        expected = torch_network(folder)(images)
+    assert expected.abs().max() > 30
+    found = onnx_logits(tmp_path / "out" / "fold_0.onnx", images)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("trainer", [CML, MASS])
 def test_each_modality_has_a_network_of_its_own_channels(model, tmp_path, trainer):
     folder = model(trainer, schemes=("ZScoreNormalization", "CTNormalization"))
