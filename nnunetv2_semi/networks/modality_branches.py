@@ -121,9 +121,9 @@ def mean_probability_logits(logits: Sequence[torch.Tensor], regions: bool,
 
 
 def _log_sum_exp(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """As `torch.logsumexp`, with ``dim`` kept. That one becomes log(sum(exp(x))) in ONNX, -inf where all are below -104.
+    """As `torch.logsumexp`, with ``dim`` kept; of the values along it one at least is finite.
 
-    Of values along ``dim`` one at least is finite.
+    PyTorch's own becomes log(sum(exp(x))) in ONNX, which is -inf where all values are below -104.
     """
     largest = values.amax(dim, keepdim=True).detach()
     return (values - largest).exp().sum(dim, keepdim=True).log() + largest
