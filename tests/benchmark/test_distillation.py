@@ -181,11 +181,10 @@ def test_several_folds_teach_one_modality_to_a_student_that_is_exported_and_judg
 
 def compared(folder: Path, channels: list[int] | None, ending: str = ".nii.gz") -> dict[str, Case]:
     """The cases of a data set that a student which sees ``channels`` is judged on, all of them test cases."""
-    known = {"source": read_source(folder.name), "fold": "all", "channels": channels, "modality": None,
-                     "teacher": SimpleNamespace(plans=SimpleNamespace(
-                         image_reader_writer_class=Tiff3DIO if ending == ".tif" else SimpleITKIO))}
-    others = {field.name: None for field in fields(Start)}
-    return Start(**{**others, **known}).cases_to_compare()[1]  # type: ignore[arg-type]
+    plans = SimpleNamespace(image_reader_writer_class=Tiff3DIO if ending == ".tif" else SimpleITKIO)
+    known = {"source": read_source(folder.name), "fold": "all", "channels": channels,
+             "teacher": SimpleNamespace(plans=plans)}
+    return Start(**{**{field.name: None for field in fields(Start)}, **known}).cases_to_compare()[1]  # type: ignore
 
 
 def test_a_student_of_one_modality_is_judged_on_cases_that_have_it(

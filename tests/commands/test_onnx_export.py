@@ -138,6 +138,13 @@ def model(workspace):
     return make
 
 
+def dataset_json_with(regions: bool) -> dict:
+    """Of two channels, with two regions or one label."""
+    labels = {"background": 0, "all": [1, 2], "lesion": 2} if regions else {"background": 0, "organ": 1}
+    return {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz",
+            "regions_class_order": [1, 2]}
+
+
 def exported(folder: Path, output: Path, *arguments: str) -> dict:
     """What the command wrote beside the networks."""
     assert cli.main(["export", "--onnx", "-m", str(folder), "-o", str(output), *arguments]) == 0
@@ -183,10 +190,7 @@ def test_logits_of_every_trainers_network_are_pytorchs(model, tmp_path, trainer,
 @pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("trainer", [name for name in (CML, MASS, FUSION) if name in OURS])
 def test_a_network_goes_without_a_modality_as_in_pytorch(model, tmp_path, trainer, regions):
-    labels = {"background": 0, "all": [1, 2], "lesion": 2} if regions else {"background": 0, "organ": 1}
-    dataset_json = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz",
-                    "regions_class_order": [1, 2]}
-    folder = model(trainer, regions=regions, dataset_json=dataset_json)
+    folder = model(trainer, regions=regions, dataset_json=dataset_json_with(regions))
     assert str(exported(folder, tmp_path / "out")["absent_channel_value"]) == "-0.0"
     images = torch.randn(4, 2, 16, 12)
     images[0, 0] = images[1, 1] = -0.0
@@ -204,10 +208,7 @@ def test_a_network_goes_without_a_modality_as_in_pytorch(model, tmp_path, traine
 @pytest.mark.parametrize("regions", [False, True])
 def test_confident_networks_are_averaged_as_in_pytorch(model, tmp_path, regions):
     """Logits of trained networks reach 50; a sigmoid of -18 is 0 in ONNX Runtime."""
-    labels = {"background": 0, "all": [1, 2], "lesion": 2} if regions else {"background": 0, "organ": 1}
-    dataset_json = {"channel_names": {"0": "T1", "1": "T2"}, "labels": labels, "file_ending": ".nii.gz",
-                    "regions_class_order": [1, 2]}
-    folder = model(CML, regions=regions, dataset_json=dataset_json)
+    folder = model(CML, regions=regions, dataset_json=dataset_json_with(regions))
     file = folder / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
     for name, weights in checkpoint["network_weights"].items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.atomic_files import whole_folder, write_json_whole
 from nnunetv2_semi.errors import UserError
 
 LARGEST_ID = 999
@@ -53,25 +54,18 @@ def write_datasets(raw: str, datasets: Sequence[NewDataset]) -> None:
     Raises:
         UserError: the folder cannot be written to, or holds neither symbolic nor hard links.
     """
-    # The leading dot hides unfinished folders from nnU-Net.
-    unfinished = {dataset.name: os.path.join(raw, f".{dataset.name}.{os.getpid()}.partial") for dataset in datasets}
     try:
-        for dataset in datasets:
-            folder = unfinished[dataset.name]
-            os.mkdir(folder)
-            for files, write in ((dataset.links, make_link), (dataset.copies, shutil.copyfile)):
-                for name, original in files.items():
-                    os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-                    write(original, os.path.join(folder, name))
-            write_json_whole(os.path.join(folder, "dataset.json"), dataset.dataset_json)
-            write_json_whole(os.path.join(folder, dataset.record_name), dataset.record)
-        for name, folder in unfinished.items():
-            os.rename(folder, os.path.join(raw, name))
+        with ExitStack() as unfinished:
+            for dataset in datasets:
+                folder = unfinished.enter_context(whole_folder(os.path.join(raw, dataset.name)))
+                for files, write in ((dataset.links, make_link), (dataset.copies, shutil.copyfile)):
+                    for name, original in files.items():
+                        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                        write(original, os.path.join(folder, name))
+                write_json_whole(os.path.join(folder, "dataset.json"), dataset.dataset_json)
+                write_json_whole(os.path.join(folder, dataset.record_name), dataset.record)
     except OSError as error:
         raise UserError(f"The new data sets cannot be written to {raw}: {error}.") from error
-    finally:
-        for folder in unfinished.values():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_link(original: str, link: str) -> None:
