@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 
-from nnunetv2_semi import doctor
+from nnunetv2_semi import doctor, installation
 from nnunetv2_semi.data import case_names, file_contents
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor import environment
@@ -406,12 +406,18 @@ def test_torchvision_for_another_torch_is_explained(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_class_that_nnunet_does_not_find_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "TRAINERS", ("nnUNetTrainer", "nnUNetTrainerThatIsNowhere"))
+    monkeypatch.setattr(environment, "trainer_names", lambda: ("nnUNetTrainer", "nnUNetTrainerThatIsNowhere"))
     monkeypatch.setattr(environment, "PLANNING", ("ExperimentPlanner",))
     monkeypatch.setattr(environment, "PREPROCESSING", ("DefaultPreprocessor",))
     checks = list(environment.check_visibility())
     assert [check.level for check in checks] == [Level.PROBLEM, Level.OK, Level.OK]
     assert "nnUNetTrainerThatIsNowhere" in checks[0].finding and "nnunetv2_semi link" in checks[0].remedy
+
+
+def test_an_installation_without_trainers_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(installation, "package_folder", lambda: tmp_path / "nnunetv2_semi")
+    check, = environment.check_visibility()
+    assert check.level is Level.PROBLEM and "pip install --force-reinstall" in check.remedy
 
 
 def test_the_exit_status_tells_whether_training_would_fail(

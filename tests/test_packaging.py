@@ -15,9 +15,10 @@ from pathlib import Path
 import nnunetv2
 import pytest
 
-from nnunetv2_semi.doctor.environment import PLANNING, PREPROCESSING, TRAINERS
+from nnunetv2_semi.doctor.environment import PLANNING, PREPROCESSING
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINERS = tuple(sorted(file.stem for file in (ROOT / "trainers").glob("nnUNetTrainer*.py")))
 PACKED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "nnunetv2_semi", "trainers", "planners")
 
 pytestmark = [

@@ -13,7 +13,7 @@ from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.benchmark.study.jobs import Job
 from nnunetv2_semi.benchmark.study.study import Study, read_study
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.processes.commands import exit_status_of
+from nnunetv2_semi.processes.commands import exclusive_exit_status_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,35 +42,31 @@ def run(args: argparse.Namespace) -> int:
     study = read_study(args.study)
     if args.action == "status":
         return _show_status(study)
-    return exit_status_of(lambda: _run_study(study, args))
+    study.folder.mkdir(parents=True, exist_ok=True)
+    return exclusive_exit_status_of(
+        lambda: _run_study(study, args), study.folder / ".lock",
+        f"Another 'nnunetv2_semi benchmark run' is at work on this study ({study.folder}).")
 
 
 def _run_study(study: Study, args: argparse.Namespace) -> int:
     # torch and nnU-Net take seconds to import: a wrong study file should be told at once
-    from filelock import FileLock, Timeout
-
     from nnunetv2_semi.benchmark.study.cluster import cluster_executor, run_on_cluster
     from nnunetv2_semi.benchmark.study.local_pool import check_devices, run_on_devices
     from nnunetv2_semi.benchmark.study.preparation import prepare
     from nnunetv2_semi.benchmark.study.progress import StudyBar
 
     devices = [] if args.cluster else check_devices(study.devices if args.devices is None else args.devices)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(study.folder / ".lock", timeout=0):
-            executor = cluster_executor(study) if args.cluster else None
-            prepared = prepare(study)
-            left = [job for job in prepared.jobs if not job.is_done()]
-            print(f"{len(prepared.jobs)} trainings in {study.folder / 'runs'}, {len(left)} to do.", flush=True)
-            if args.dry_run:
-                return 0
-            with StudyBar(prepared.jobs, prepared.num_epochs) as bar:
-                if executor is not None:
-                    run_on_cluster(left, study, executor, bar)
-                else:
-                    run_on_devices(left, devices, bar)
-    except Timeout as error:
-        raise UserError(f"Another 'nnunetv2_semi benchmark run' is at work on this study ({study.folder}).") from error
+    executor = cluster_executor(study) if args.cluster else None
+    prepared = prepare(study)
+    left = [job for job in prepared.jobs if not job.is_done()]
+    print(f"{len(prepared.jobs)} trainings in {study.folder / 'runs'}, {len(left)} to do.", flush=True)
+    if args.dry_run:
+        return 0
+    with StudyBar(prepared.jobs, prepared.num_epochs) as bar:
+        if executor is not None:
+            run_on_cluster(left, study, executor, bar)
+        else:
+            run_on_devices(left, devices, bar)
     failed = [job for job in prepared.jobs if job.state == "failed"]
     for job in failed:
         print(f"\nFAILED: {job.name}\n{job.record['error']}\nWhole log: {job.training_log}", file=sys.stderr)

@@ -15,9 +15,10 @@ from nnunetv2_semi.data.dataset_settings import folder_name
 from nnunetv2_semi.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
     from nnunetv2_semi.methods.base import Method
+    from nnunetv2_semi.networks.deployment import StockNetwork
 
 _PER_CHANNEL = ("normalization_schemes", "use_mask_for_norm")
 
@@ -100,8 +101,7 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
             checkpoint = torch.load(path, map_location="cpu", weights_only=False)
             configuration = checkpoint["init_args"]["configuration"]
             method = _method_of(checkpoint["trainer_name"])
-            network = _deployed_network(method, plans, configuration, dataset_json, checkpoint["network_weights"])
-            models = method.stock_networks(network, len(dataset_json["channel_names"]))
+            models = _stock_networks(method, plans, configuration, dataset_json, checkpoint["network_weights"])
             for name, (channels, weights) in _chosen(models, modality, method.name).items():
                 part = folder_name(name) if len(models) > 1 and modality is None else ""
                 folder = os.path.join(unfinished, part)
@@ -148,18 +148,33 @@ def _method_of(trainer_name: str) -> type[Method]:
     return method
 
 
-def _deployed_network(method: type[Method], plans: dict, configuration: str, dataset_json: dict,
-                      weights: dict) -> nn.Module:
-    """The network as nnU-Net's predictor builds it, with the checkpoint's weights."""
+def _stock_networks(method: type[Method], plans: dict, configuration: str, dataset_json: dict,
+                    weights: dict) -> dict[str, StockNetwork]:
+    """The parts of the deployed network that stock nnU-Net can run, by name."""
+    import torch
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    from nnunetv2_semi.methods.base import Method
+    from nnunetv2_semi.networks.deployment import Deployed
+
     manager = PlansManager(copy.deepcopy(plans))
     chosen = manager.get_configuration(configuration)
-    network = method.build_student(manager, chosen, determine_num_input_channels(manager, chosen, dataset_json),
-                                   manager.get_label_manager(dataset_json).num_segmentation_heads, False)
+    what = (manager, chosen, determine_num_input_channels(manager, chosen, dataset_json),
+            manager.get_label_manager(dataset_json).num_segmentation_heads, False)
+    network = method.build_student(*what)
     network.load_state_dict(weights)
-    return network
+    if isinstance(network, Deployed):
+        return network.stock_networks()
+    with torch.device("meta"):
+        stock = Method.build_student(*what)
+    if type(network) is not type(stock) or _shapes(network.state_dict()) != _shapes(stock.state_dict()):
+        return {}
+    return {"": (list(range(len(dataset_json["channel_names"]))), network.state_dict())}
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def _chosen(models: Mapping[str, tuple], modality: str | None, method: str) -> dict[str, tuple]:

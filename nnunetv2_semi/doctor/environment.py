@@ -15,8 +15,6 @@ from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
 
-TRAINERS = tuple(f"nnUNetTrainerSemi{name}" for name in (
-    "BCP", "CML", "CPS", "FixMatch", "MeanTeacher", "RCPS", "Stock", "Supervised", "UAMT"))
 PLANNING = ("nnUNetPlannerSemi", "nnUNetPlannerSemiCPU", "nnUNetFingerprintExtractorSemi")
 PREPROCESSING = ("nnUNetPreprocessorSemi",)
 FOLDER_VARIABLES = {
@@ -92,8 +90,13 @@ def check_visibility() -> Iterator[Check]:
         nnunet = str(nnunet_folder())
     except UserError:
         return
+    try:
+        trainers = trainer_names()
+    except UserError as error:
+        yield problem("the trainers of this package are not there", str(error))
+        return
     searches = {
-        "trainers": (_trainer_names(), os.path.join("training", "nnUNetTrainer")),
+        "trainers": (trainers, os.path.join("training", "nnUNetTrainer")),
         "planners": (PLANNING, "experiment_planning"),
         "preprocessor": (PREPROCESSING, "preprocessing"),
     }
@@ -125,13 +128,9 @@ def check_folders() -> Iterator[Check]:
             yield ok(f"{variable}={path}")
 
 
-def _trainer_names() -> tuple[str, ...]:
-    """The trainers that every release has, and those of this one: one file each, named as the class."""
-    try:
-        files = class_folder_source(CLASS_FOLDERS[0]).glob("nnUNetTrainer*.py")
-    except UserError:
-        return TRAINERS
-    return tuple(sorted({*TRAINERS, *(file.stem for file in files)}))
+def trainer_names() -> tuple[str, ...]:
+    """Our trainers: one file each, named as the class. Raises UserError where their folder is not found."""
+    return tuple(sorted(file.stem for file in class_folder_source(CLASS_FOLDERS[0]).glob("nnUNetTrainer*.py")))
 
 
 def _is_found(name: str, nnunet: str, folder: str) -> bool:

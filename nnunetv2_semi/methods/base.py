@@ -12,6 +12,7 @@ besides; what it holds goes to the training device and into the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from nnunetv2_semi.losses.predictions import Logits, agreement
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
-from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
+from nnunetv2_semi.networks.deployment import Deployed
 from nnunetv2_semi.schedules import sigmoid_ramp_up
 from nnunetv2_semi.teachers import Teacher
 
@@ -145,6 +146,15 @@ class Method(nn.Module):
         """What the network gives for each of ``images``, see `Arrangement.passes`."""
         return self.context.arrangement.passes(network, *images, together=together, alone=alone)
 
+    @staticmethod
+    @contextmanager
+    def without_graph() -> Iterator[None]:
+        """Within it passes of a network that trains build no graph; such a pass may come before one that does."""
+        with torch.no_grad():
+            yield
+        # Older versions of torch would use half-precision weights made without a graph for passes with one.
+        torch.clear_autocast_cache()
+
     def note_agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Log the share of unlabelled voxels at which teacher and student probabilities decide the same."""
         self.metrics["teacher_student_agreement"] = agreement(teacher, student.detach(), self.context.regions)
@@ -191,18 +201,6 @@ class Method(nn.Module):
         """
         deployed, parts = self.predictions(image)
         return {"prediction": deployed, **parts}, {}
-
-    @classmethod
-    def stock_networks(cls, deployed: nn.Module, num_channels: int) -> dict[str, StockNetwork]:
-        """The parts of a ``deployed`` network that are nnU-Net's own, by name; none where stock nnU-Net cannot run it.
-
-        num_channels: of the whole image.
-        """
-        if isinstance(deployed, Deployed):
-            return deployed.stock_networks()
-        if cls.build_student.__func__ is not Method.build_student.__func__:  # type: ignore[attr-defined]
-            return {}
-        return {"": (list(range(num_channels)), deployed.state_dict())}
 
 
 def require_modalities(context: Context, need: str, example: str) -> None:

@@ -95,13 +95,10 @@ class CPS(Method):
     def _networks(self) -> list[tuple[str, nn.Module]]:
         return [("first", self.student), ("second", self.second)]
 
-    @torch.no_grad()
     def _decisions(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Probabilities of both networks."""
-        decided = tuple(probabilities(network(image), self.context.regions) for _, network in self._networks())
-        # Older versions of torch would use half-precision weights made without a graph for passes with one.
-        torch.clear_autocast_cache()
-        return decided
+        with self.without_graph():
+            return tuple(probabilities(network(image), self.context.regions) for _, network in self._networks())
 
     def _term(self, name: str, output: Logits, other: torch.Tensor) -> Term:
         """Loss of a network's ``output`` to what the ``other`` one's probabilities decide."""

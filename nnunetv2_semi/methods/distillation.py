@@ -23,7 +23,6 @@ from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.rows import Rows
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting, settings_from_plan
-from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 from nnunetv2_semi.networks.one_modality import OneModality
 from nnunetv2_semi.networks.trained_ensemble import TrainedModel
 
@@ -174,13 +173,6 @@ class Distillation(Method):
         """With what the teacher makes of it."""
         logits, maps = super().picture(image)
         return {**logits, "teacher": self.teacher(image)}, maps
-
-    @classmethod
-    def stock_networks(cls, deployed: nn.Module, num_channels: int) -> dict[str, StockNetwork]:
-        """The student, in any case."""
-        if isinstance(deployed, Deployed):
-            return deployed.stock_networks()
-        return {"": (list(range(num_channels)), deployed.state_dict())}
 
     def get_extra_state(self) -> dict[str, str] | None:
         return self.settings.teacher_sha256

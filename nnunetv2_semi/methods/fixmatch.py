@@ -69,10 +69,8 @@ class FixMatch(Method):
         strong, mixing = self._strong(batch.unlabelled)
         passes = self.passes(self.student, batch.labelled, strong)
         yield [self.supervised(next(passes), batch.target)]
-        with torch.no_grad():
+        with self.without_graph():
             weak = mixing.of(probabilities(self.student(batch.unlabelled), regions))
-        # Older versions of torch would use half-precision weights made without a graph for passes with one.
-        torch.clear_autocast_cache()
         labels, confidence = hard_labels(weak, regions)
         confident = confidence >= settings.confidence
         output = next(passes)

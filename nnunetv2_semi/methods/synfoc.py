@@ -45,7 +45,6 @@ from nnunetv2_semi.networks.conventional_and_foundation import (
     ConventionalAndFoundation,
     Deploy,
 )
-from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 from nnunetv2_semi.networks.foundation import FoundationModel
 from nnunetv2_semi.networks.foundation_weights import RANDOM
 from nnunetv2_semi.schedules import sigmoid_ramp_up
@@ -268,9 +267,8 @@ class SynFoC(Method):
         """alpha P_conventional + (1 - alpha) P_foundation, of the teachers' probabilities."""
         if self.settings.alpha is not None:
             return self.settings.alpha * conventional + (1 - self.settings.alpha) * foundation
-        student = self._probabilities(self.student, self.student(image), image)
-        # Older versions of torch would use half-precision weights made without a graph for passes with one.
-        torch.clear_autocast_cache()
+        with self.without_graph():
+            student = self._probabilities(self.student, self.student(image), image)
         alpha = self_mutual_confidence(student, conventional, foundation, self.context.regions)
         self.metrics["alpha"] = alpha.mean()
         self.note_agreement(conventional, student)
@@ -306,12 +304,6 @@ class SynFoC(Method):
         assert isinstance(foundation, FoundationModel)
         return ConventionalAndFoundation(conventional, foundation, self.settings.deploy, self.context.regions,
                                          self.settings.models == "both")
-
-    @classmethod
-    def stock_networks(cls, deployed: nn.Module, num_channels: int) -> dict[str, StockNetwork]:
-        if isinstance(deployed, Deployed):
-            return deployed.stock_networks()
-        return {"": (list(range(num_channels)), deployed.state_dict())}
 
     def get_extra_state(self) -> str | None:
         return self.settings.weights_sha256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -146,6 +147,13 @@ def _downloaded(name: str) -> Path:
 
 
 def _sha256(path: Path) -> str:
+    state = path.stat()
+    return _sha256_of_state(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_of_state(path: Path, size: int, changed: int) -> str:
+    """Read once by a process: the settings, the network and a teacher each ask for the digest of files of gigabytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -10,6 +10,7 @@ from torch import nn
 
 from nnunetv2_semi.losses.predictions import Logits, all_scales
 from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
+from nnunetv2_semi.networks.one_modality import OneModality
 from nnunetv2_semi.present_channels import present_channels, present_modalities
 
 
@@ -58,7 +59,7 @@ class ModalityBranches(Deployed):
 
     def parts(self) -> dict[str, nn.Module]:
         """Each modality's network by itself."""
-        return {name: SingleModality(self, name) for name in self.names}
+        return {name: OneModality(self.branch(name), name, self.channels[name]) for name in self.names}
 
     def part_applies(self, name: str, present: torch.Tensor) -> torch.Tensor:
         """Images that have the modality."""
@@ -72,21 +73,6 @@ class ModalityBranches(Deployed):
     def stock_networks(self) -> dict[str, StockNetwork]:
         """Each branch is one."""
         return {name: (self.channels[name], self.branch(name).state_dict()) for name in self.names}
-
-
-class SingleModality(nn.Module):
-    """One branch behind the whole image's interface: takes all channels, looks at its own.
-
-    Shares the branch; has no weights of its own.
-    """
-
-    def __init__(self, networks: ModalityBranches, name: str) -> None:
-        super().__init__()
-        self.network, self.channels = networks.branch(name), networks.channels[name]
-
-    def forward(self, image: torch.Tensor) -> Logits:
-        """``image`` (B, C, *spatial) -> the branch's logits (B, K, *spatial), or a list of them."""
-        return self.network(image[:, self.channels])
 
 
 def mean_at_all_scales(outputs: Sequence[Sequence[torch.Tensor]], regions: bool,

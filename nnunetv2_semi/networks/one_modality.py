@@ -12,7 +12,7 @@ from nnunetv2_semi.networks.deployment import Deployed, StockNetwork
 
 
 class OneModality(Deployed):
-    """Takes all channels and looks at those of one modality.
+    """Takes all channels and looks at those of one modality. Has no weights besides the network's.
 
     Args:
         network: (B, C_m, *spatial) -> logits (B, K, *spatial), or a list of them with deep supervision.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from nnunetv2_semi.errors import UserError
@@ -198,8 +199,6 @@ def exit_status_of(work: Callable[[], int]) -> int:
 def exclusive_exit_status_of(work: Callable[[], int], lock: Path, refusal: str) -> int:
     """`exit_status_of`, while no other process holds the file ``lock``. Raises UserError (``refusal``) where one does.
     """
-    from filelock import FileLock, Timeout  # of an extra, which other commands do without
-
     try:
         with FileLock(lock, timeout=0):
             return exit_status_of(work)

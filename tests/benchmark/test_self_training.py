@@ -35,6 +35,7 @@ from nnunetv2_semi.benchmark.study import execution
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Entry, Study
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.processes.commands import CommandFailed
 
 SOURCE, NEW = "Dataset001_Phantom", "Dataset002_Phantom_selftrain1"
@@ -320,29 +321,29 @@ def test_teachers_have_seeds_of_their_own_and_fine_tuning_does_not_lengthen_a_tr
 
 def test_fine_tuning_begins_with_all_of_the_student_and_another_student_is_refused(tmp_path: Path) -> None:
     student, model, weights = tmp_path / "student", tmp_path / "model", torch.rand(3)
+    of_second_network = Optimization.sgd([torch.nn.Parameter(weights.clone())], 0.1, 0, 0.9, 2).state_dict()
     student.mkdir()
 
     def trained(finished: float) -> None:
         torch.save({
             "logging": {"epoch_end_timestamps": [1.0, finished]}, "init_args": {"fold": "all", "plans": {}},
             "network_weights": {"seg_layers.0.weight": weights}, "current_epoch": 2,
-            "nnunetv2_semi": {"optimizer_states": [{"schedule": {"max_steps": 2, "ctr": 1}}]},
+            "nnunetv2_semi": {"optimizer_states": [of_second_network]},
         }, student / "checkpoint_final.pth")  # fmt: skip
 
     trained(2.0)
-    begin_fine_tuning(student, model, {"plans_name": "P"}, {}, 3)
+    begin_fine_tuning(student, model, {"plans_name": "P"}, {})
     begun = model / "checkpoint_latest.pth"
     content = begun.read_bytes()
     written = torch.load(begun, weights_only=False)
     assert written["init_args"] == {"fold": "all", "plans": {"plans_name": "P"}, "dataset_json": {}}
     assert torch.equal(written["network_weights"]["seg_layers.0.weight"], weights) and written["current_epoch"] == 2
-    # second networks' schedules go on with the length of the whole training
-    assert written["nnunetv2_semi"]["optimizer_states"] == [{"schedule": {"max_steps": 3, "ctr": 1}}]
-    begin_fine_tuning(student, model, {"plans_name": "P"}, {}, 3)
+    assert written["nnunetv2_semi"]["optimizer_states"] == [of_second_network]
+    begin_fine_tuning(student, model, {"plans_name": "P"}, {})
     assert begun.read_bytes() == content
     trained(3.0)
     with pytest.raises(CommandFailed, match="was fine-tuned from another student"):
-        begin_fine_tuning(student, model, {"plans_name": "P"}, {}, 3)
+        begin_fine_tuning(student, model, {"plans_name": "P"}, {})
 
 
 @pytest.mark.parametrize("change, message", [

@@ -232,9 +232,19 @@ def test_a_stock_trainers_model_needs_no_export(model, tmp_path):
         export_model(str(folder), str(tmp_path / "out"))
 
 
-def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own_class, further_outputs", [(True, 0), (False, 1)])
+def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch, own_class, further_outputs):
+    method = ours(MEAN_TEACHER).method_class
+    nnunets = method.build_student
+
+    def build(plans_manager, configuration_manager, channels, outputs, deep_supervision):
+        network = nnunets(plans_manager, configuration_manager, channels, outputs + further_outputs, deep_supervision)
+        if own_class:
+            network.__class__ = type("OwnNetwork", (type(network),), {})
+        return network
+
+    monkeypatch.setattr(method, "build_student", build)
     folder, _ = model(MEAN_TEACHER)
-    monkeypatch.setattr(ours(MEAN_TEACHER).method_class, "stock_networks", classmethod(lambda *arguments: {}))
     with pytest.raises(UserError, match="MeanTeacher deploys is not nnU-Net's own"):
         export_model(str(folder), str(tmp_path / "out"))
 

@@ -143,7 +143,7 @@ def test_a_student_of_one_modality_is_blind_to_the_others_and_its_teacher_is_not
     assert not torch.allclose(first["distillation_unlabelled"].value, second["distillation_unlabelled"].value)
     deployed = method.deployable()
     assert torch.equal(deployed(batch.labelled), deployed(other.labelled))
-    assert Distillation.stock_networks(deployed, 2)["m1"][0] == [1]
+    assert deployed.stock_networks()["m1"][0] == [1]
 
 
 def test_training_lowers_the_loss_and_leaves_the_teacher_as_it_is(small, monkeypatch):

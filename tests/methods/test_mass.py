@@ -284,7 +284,7 @@ def test_every_way_to_predict_but_the_deployed_one_is_validated_by_itself(small)
 def test_a_modalitys_stock_model_predicts_as_the_segmentation_head(small, modality):
     batch = unpaired(small)
     method = started(small, batch)
-    models = MASS.stock_networks(method.student, 2)
+    models = method.student.stock_networks()
     channels, weights = models[f"m{modality}"]
     stock = small.network(1, 3)
     stock.load_state_dict(weights, strict=True)

@@ -244,7 +244,7 @@ def test_state_is_restored_whole(small):
 
 def test_deployed_weights_split_into_one_network_per_modality(small):
     method = make(small, deploy="teacher")
-    models = SemiCML.stock_networks(method.deployable(), 2)
+    models = method.deployable().stock_networks()
     image = torch.randn(1, 2, 8, 8, 8)
     for name, (channels, own) in models.items():
         network = small.network(1, 3)

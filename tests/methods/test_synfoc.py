@@ -297,8 +297,10 @@ def test_what_is_deployed(small, monkeypatch, deploy, weights, deep_supervision)
     for ours, own in zip(deployed, expected, strict=True):
         assert torch.allclose(ours if deploy == "conventional" else ours.softmax(1), own, atol=1e-6)
     assert set(parts) == (set() if deploy == "conventional" else {"conventional", "foundation"})
-    stock = method.stock_networks(method.deployable(), 2)
-    (channels, state), = stock.values()
+    if deploy == "conventional":
+        assert method.deployable() is conventional
+        return
+    (channels, state), = method.deployable().stock_networks().values()
     own = conventional.state_dict()
     assert channels == [0, 1] and state.keys() == own.keys() and all(torch.equal(state[k], own[k]) for k in own)
 
@@ -307,7 +309,7 @@ def test_an_untrained_conventional_network_is_neither_validated_nor_exported(sma
     method = make(small, monkeypatch, models="foundation", deploy="foundation")
     deployed, parts = method.predictions(small.batch(dims=2).unlabelled)
     assert deployed.shape == (2, 3, 8, 8) and parts == {} and method.parts() == {}
-    assert method.stock_networks(method.deployable(), 2) == {}
+    assert method.deployable().stock_networks() == {}
 
 
 @pytest.mark.parametrize("settings, dims, message", [

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_semi.networks.modality_branches import ModalityBranches, SingleModality, mean_probability_logits
+from nnunetv2_semi.networks.modality_branches import ModalityBranches, mean_probability_logits
 from nnunetv2_semi.present_channels import fill_absent
 
 
@@ -57,7 +57,7 @@ def test_deep_supervision_gives_a_list_of_scales():
 
 def test_a_single_modality_looks_at_its_own_channels():
     network, image = make(False), torch.randn(1, 3, 4, 4)
-    alone = SingleModality(network, "CT")
+    alone = network.parts()["CT"]
     changed = image.clone()
     changed[:, [0, 2]] += 1
     assert torch.equal(alone(image), alone(changed))

@@ -12,17 +12,16 @@ from nnunetv2_semi.processes.commands import CommandFailed
 MARKER = "selftrain_student.json"
 
 
-def begin_fine_tuning(student: Path, model: Path, plans: dict, dataset_json: dict, num_epochs: int) -> None:
+def begin_fine_tuning(student: Path, model: Path, plans: dict, dataset_json: dict) -> None:
     """Put the student's last checkpoint into a fold folder; does nothing where one of the same student is there.
 
-    The training goes on with all weights, averaged ones too, the optimisers, and the learning rate that nnU-Net's
-    schedule of ``num_epochs`` has at that epoch. ``-pretrained_weights`` would leave the segmentation layers out.
+    The training goes on with all weights, averaged ones too, the optimisers, and the learning rate that the schedule of
+    ``plans`` has at that epoch. ``-pretrained_weights`` would leave the segmentation layers out.
 
     Args:
         student: Fold folder of the student.
         model: Fold folder of the fine-tuned model.
         plans, dataset_json: Of the fine-tuned model.
-        num_epochs: Of student and fine-tuning.
 
     Raises:
         CommandFailed: The folder holds a model that was fine-tuned from another student.
@@ -41,6 +40,4 @@ def begin_fine_tuning(student: Path, model: Path, plans: dict, dataset_json: dic
         return
     write_json_whole(str(model / MARKER), marker)
     checkpoint["init_args"] = {**checkpoint["init_args"], "plans": plans, "dataset_json": dataset_json}
-    for state in checkpoint[checkpoints.KEY]["optimizer_states"]:
-        state["schedule"]["max_steps"] = num_epochs
     checkpoints.save_whole(checkpoint, str(model / "checkpoint_latest.pth"))

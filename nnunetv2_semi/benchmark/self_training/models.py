@@ -117,8 +117,7 @@ class Models:
         """Fold folder of the student of a data set after further epochs on the original data set."""
         plans, original = self.start.fine_tuning_plans(dataset), self.source.name
         dataset_json = read_json_object(str(self.folders.preprocessed / original / "dataset.json")) or {}
-        begin_fine_tuning(student, self._fold_folder(original, plans["plans_name"]), plans, dataset_json,
-                          self.start.num_epochs)
+        begin_fine_tuning(student, self._fold_folder(original, plans["plans_name"]), plans, dataset_json)
         return self._train(original, plans, self.start.fine_tuning_epochs)
 
     def _predictor(self, name: str, dataset: str, plans_name: str, checkpoint: str) -> Predictor:

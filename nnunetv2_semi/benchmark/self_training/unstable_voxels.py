@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnunetv2_semi.data.atomic_files import whole_folder
 from nnunetv2_semi.processes.pool import results_in_parallel
 
 
@@ -39,14 +39,11 @@ def write_stable_labels(
 
     The folder appears when all are written.
     """
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write = partial(_write_stable_labels, final=final, others=others, ignore_label=ignore_label, reader=reader,
-                    folder=unfinished)  # fmt: skip
-    for _ in results_in_parallel(write, files, num_processes=num_processes, description="Writing stable labels"):
-        pass
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished:
+        write = partial(_write_stable_labels, final=final, others=others, ignore_label=ignore_label, reader=reader,
+                        folder=Path(unfinished))  # fmt: skip
+        for _ in results_in_parallel(write, files, num_processes=num_processes, description="Writing stable labels"):
+            pass
 
 
 def _write_stable_labels(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
+
 from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.study.study import Entry, Study
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
@@ -166,8 +168,6 @@ class Job:
     @contextmanager
     def lock(self, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Held by the process that works on this job; waits for it to be free. It is freed when that process ends."""
-        from filelock import FileLock, Timeout
-
         lock = FileLock(self.folder / ".lock", timeout=SECONDS_BETWEEN_TRIES)
         while not lock.is_locked:
             while_waiting()
@@ -182,8 +182,6 @@ class Job:
 
     def state_now(self) -> str:
         """The state, or "stopped" where a process that ran this was killed."""
-        from filelock import FileLock, Timeout
-
         if self.state != "running":
             return self.state
         try:
