@@ -107,7 +107,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
                                                                self.dataset_json)
         context = build_context(self)
-        for warning in self.method_class.check(context, self.settings):
+        lone = self.settings.of_lone_patches(self.batch_size, batches.unlabelled_batch_size(self, self.settings))
+        for warning in [*self.method_class.check(context, self.settings), *lone]:
             self.print_to_log_file(f"WARNING: {warning}")
 
         torch.manual_seed(self.settings.seed)

@@ -21,6 +21,7 @@ from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.data.phantom_anatomy import LABELS, MODALITIES
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.settings import merged_settings
 from nnunetv2_semi.processes.commands import (
     CommandFailed,
     Progress,
@@ -79,6 +80,11 @@ ENTRIES = {
 }
 # Semi-CML trains a network for each modality and averages them: that alone differs from one network for both.
 CML_CONTROL = {"CML on labels": Entry("nnUNetTrainerSemiCML", {"unlabelled_weight": 0.0, "SemiCML": {"prel": False}})}
+
+
+def control_of(title: str) -> str:
+    """The title of the entry that differs from this one in the unlabelled images, and what comes with them."""
+    return next(iter(CML_CONTROL)) if title == "Semi-CML" else CONTROL
 
 
 def chosen_entries(titles: Sequence[str]) -> dict[str, Entry]:
@@ -226,7 +232,7 @@ class Demo:
             plans = json.loads((folder / f"{PLANS}.json").read_text(encoding="utf-8"))
             plans["plans_name"] = entry.plans_name(title)
             configuration = plans["configurations"][CONFIGURATION]
-            configuration["semi"] = {**configuration.get("semi", {}), **length, **entry.settings}
+            configuration["semi"] = merged_settings(configuration.get("semi", {}), {**length, **entry.settings})
             write_json_whole(str(folder / f"{plans['plans_name']}.json"), plans)
         print(f'\nEach trainer gets a copy of the plans file, with the length of the training in its "semi": {EPOCHS} '
               f"epochs of\n{length['num_iterations_per_epoch']} iterations.")
@@ -320,15 +326,15 @@ def dice_table(dice: Mapping[str, DicePerCase]) -> str:
     cases = len(next(iter(dice.values())))
     heading = f"Dice, {cases} test cases"
     lines = [f"{heading:<22}" + "".join(f"{name:>9}" for name in (*LABELS, "mean"))]
-    whole = []
+    mean = {}
     for title, per_case in dice.items():
         means = [float(np.nanmean([case[name] for case in per_case.values()])) for name in LABELS]
-        whole.append(float(np.mean(means)))
-        lines.append(f"{title:<22}" + "".join(f"{value:9.3f}" for value in (*means, whole[-1])))
-    control, *others = whole
-    best = max(others, default=control)
-    if best > control:
-        lines.append(f"The unlabelled images, and patches pasted into each other, give {best - control:+.3f}.")
+        mean[title] = float(np.mean(means))
+        lines.append(f"{title:<22}" + "".join(f"{value:9.3f}" for value in (*means, mean[title])))
+    for title in dice:
+        control = control_of(title)
+        if control in mean and title not in (CONTROL, *CML_CONTROL):
+            lines.append(f"{title}: {mean[title] - mean[control]:+.3f} over {control}, which sees no unlabelled image.")
     lines.append("A phantom and a small network: what to expect of real images is in docs/results.")
     return "\n".join(lines)
 

@@ -8,10 +8,11 @@ from scipy import ndimage
 
 
 def largest_components(labels: torch.Tensor) -> torch.Tensor:
-    """``labels`` (B, C, *spatial), integers, with the largest component of each label above 0 in each channel of a
-    patch; other voxels become 0.
+    """``labels`` (B, C, *spatial), integers, without the islands of each label above 0 in each channel of a patch: they
+    become 0.
 
-    Voxels that share a corner are connected. Of components of the same size the first one stays. Done on the CPU.
+    The largest component stays, of several of the same size the first one; and those that touch the border of the
+    patch, beyond which they may be connected with it. Voxels that share a corner are connected. Done on the CPU.
     """
     given = labels.to(torch.int16).cpu().numpy()
     kept = np.zeros_like(given)
@@ -19,7 +20,7 @@ def largest_components(labels: torch.Tensor) -> torch.Tensor:
     for channel, result in zip(given.reshape(channels), kept.reshape(channels), strict=True):
         for label, box in enumerate(ndimage.find_objects(channel), 1):
             if box is not None:
-                result[box][_largest_component(channel[box] == label)] = label
+                result[box][_without_islands(channel[box] == label, box, channel.shape)] = label
     return torch.from_numpy(kept).to(labels)
 
 
@@ -32,8 +33,16 @@ def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return ndimage.label(mask, np.ones((3,) * mask.ndim))
 
 
-def _largest_component(mask: np.ndarray) -> np.ndarray:
+def _without_islands(mask: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Of a ``mask`` that fills the ``box`` of a patch of this ``shape``."""
     components, count = _components(mask)
     if count == 1:
         return mask
-    return components == 1 + np.bincount(components.ravel())[1:].argmax()
+    stays = np.zeros(count + 1, dtype=bool)
+    stays[1 + np.bincount(components.ravel())[1:].argmax()] = True
+    for axis, (side, size) in enumerate(zip(box, shape, strict=True)):
+        for end, at_border in ((0, side.start == 0), (-1, side.stop == size)):
+            if at_border:
+                stays[components.take(end, axis)] = True
+    stays[0] = False  # the background of the mask
+    return stays[components]

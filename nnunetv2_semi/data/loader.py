@@ -42,8 +42,8 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         transforms: nnU-Net's training transforms; None for none.
         mask_needed: give the transforms the mask of the non-zero region (-1 outside) as segmentation.
         foreground: of some cases, voxels that a network takes for foreground, by label, as rows (0, z, y, x).
-        foreground_share: of a batch's patches that are centred on such a voxel of their case, as nnU-Net centres some
-            of the labelled patches; where none is known for a case, its patch is a random one.
+        foreground_share: of the patches, on average, that are centred on such a voxel of their case, as nnU-Net centres
+            some of the labelled patches; where none is known for a case, its patch is a random one.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         self.transforms = transforms
         self.mask_needed = mask_needed
         self.foreground = foreground or {}
-        self.first_on_foreground = round(batch_size * (1 - foreground_share))
+        self.foreground_share = foreground_share
         # with an ignore label nnU-Net draws from annotated voxels only; here there are none
         self.has_ignore = False
 
@@ -70,11 +70,19 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         """Return {"data": float32 (B, C, *spatial), "keys": names of the B cases}."""
         keys = [str(key) for key in self.get_indices()]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            return {"data": torch.stack([self._patch(key, number) for number, key in enumerate(keys)]), "keys": keys}
+            on_foreground = self._number_on_foreground(len(keys))
+            patches = [self._patch(key, number < on_foreground) for number, key in enumerate(keys)]
+            return {"data": torch.stack(patches), "keys": keys}
 
-    def _patch(self, key: str, number: int) -> torch.Tensor:
+    def _number_on_foreground(self, batch_size: int) -> int:
+        """The share of the batch, rounded up or down at random so that it holds on average, for one patch too."""
+        if self.foreground_share == 0:
+            return 0
+        return int(batch_size * self.foreground_share + np.random.uniform())
+
+    def _patch(self, key: str, on_foreground: bool) -> torch.Tensor:
         image, mask, _, _ = self._data.load_case(key)
-        voxels = self.foreground.get(key, {}) if number >= self.first_on_foreground else {}
+        voxels = self.foreground.get(key, {}) if on_foreground else {}
         lower, upper = self.get_bbox(image.shape[1:], bool(voxels), voxels)
         box = [list(bounds) for bounds in zip(lower, upper, strict=True)]
         sample = {"image": torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()}

@@ -52,8 +52,8 @@ class BCPSettings(BaseSettings):
     box: float = setting(0.667, "beta: sides of the box, as a share of the patch's", at_least=0, at_most=1)
     largest_component: bool | None = setting(
         None,
-        "of each class in a pseudo-label only the largest component stays; `null`: where every labelled "
-        "training case has one component of each class",
+        "of each class in a pseudo-label only the largest component stays, and what the border of the patch cuts; "
+        "`null`: where every labelled training case has one component of each class",
         paper=True,
     )
     ema_decay: float | None = setting(None, "of the teacher, as in Mean Teacher", at_least=0, at_most=1, paper=0.99)

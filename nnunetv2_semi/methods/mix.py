@@ -61,8 +61,8 @@ class MixSettings(PerturbationSettings, SupervisedSettings):
     )
     largest_component: bool | None = setting(
         False,
-        "keep only this of each class of a pseudo-label; `null`: where every labelled training case has one "
-        "component of each",
+        "keep only this of each class of a pseudo-label, and what the border of the patch cuts; `null`: where every "
+        "labelled training case has one component of each",
     )
     ema_decay: float | None = setting(
         None,
@@ -71,6 +71,10 @@ class MixSettings(PerturbationSettings, SupervisedSettings):
         at_least=0, at_most=1,
     )
     deploy: Literal["teacher", "student"] = setting("teacher", '`"teacher"` or `"student"`')
+
+    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
+        """See `Settings.of_lone_patches`. A box of a labelled patch needs no other unlabelled one."""
+        return super().of_lone_patches(labelled, 2 if self.partner == "labelled" else unlabelled)
 
 
 class Mix(Method):
@@ -108,7 +112,8 @@ class Mix(Method):
         passes = self.passes(self.student, *images)
         yield [self.supervised(next(passes), targets[0])]
         if len(targets) == 2:
-            yield [self.supervised(next(passes), targets[1], "labelled_mixing", settings.labelled_mixing)]
+            yield [self.supervised(next(passes), targets[1], "labelled_mixing", settings.labelled_mixing,
+                                   applies=len(batch.labelled) > 1)]
         if weight > 0:
             yield [Term("pseudo_label", self.context.weighted_loss(next(passes), labels, counted), weight)]
 
@@ -150,10 +155,12 @@ class Mix(Method):
         if voxels == "confident":
             return confidence >= threshold
         counted = torch.zeros_like(confidence, dtype=torch.bool)
-        for label in range(self.context.num_heads if not self.context.regions else 2):
-            own = labels == label
-            mean = (confidence * own).sum() / own.sum().clamp_min(1)
-            counted |= own & (confidence >= mean.clamp(max=threshold))
+        for channel in range(confidence.shape[1]):  # one, or each region: inside and outside of it
+            own_labels, own_confidence = labels[:, channel], confidence[:, channel]
+            for label in range(2 if self.context.regions else self.context.num_heads):
+                own = own_labels == label
+                mean = (own_confidence * own).sum() / own.sum().clamp_min(1)
+                counted[:, channel] |= own & (own_confidence >= mean.clamp(max=threshold))
         return counted
 
     def _mixed(self, batch: Batch, *own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

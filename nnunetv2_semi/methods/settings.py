@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 import typing
+from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -67,7 +71,7 @@ class Settings(BaseModel):
     )
     unlabelled_weight: float = setting(
         1.0,
-        "multiplies every unlabelled term; `0` leaves the supervised loss alone",
+        "multiplies every unlabelled term; `0`: none of them counts",
         at_least=0,
     )
     arrangement: Literal["auto", "sequential", "one_pass"] = setting(
@@ -125,6 +129,10 @@ class Settings(BaseModel):
     )
     regions: bool | None = setting(None, "region-based labels; written by the trainer, whatever you set")
 
+    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
+        """Warnings of what cannot act because a step of a process has one patch to mix, of so many of each kind."""
+        return []
+
     def teacher_decay(self, ema_decay: float | None) -> float:
         """``ema_decay``; of None the decay that suits the length of the training, see `decay_for_length`."""
         return decay_for_length(self.num_epochs * self.num_iterations_per_epoch) if ema_decay is None else ema_decay
@@ -155,7 +163,9 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
     own = semi.get(section, {})
     if not isinstance(own, dict):
         raise UserError(f'Plans file, "semi": {section!r} must be an object with settings of {section}.')
-    shared = {key: value for key, value in semi.items() if key != section and not _is_other_method(key, value, names)}
+    others = [key for key, value in semi.items() if key not in (section, *names) and is_section(key, value)]
+    _refuse_misspelt(others, section)
+    shared = {key: value for key, value in semi.items() if key not in (section, *others)}
     for key in [*shared, *own]:
         if key not in names:
             near = difflib.get_close_matches(key, [*names, section], 1)
@@ -170,6 +180,25 @@ def settings_for_plan(settings: Settings, section: str) -> dict:
     values = settings.model_dump()
     own = {key: value for key, value in values.items() if key not in Settings.model_fields}
     return {**{key: value for key, value in values.items() if key not in own}, **({section: own} if own else {})}
+
+
+def merged_settings(semi: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """A ``"semi"`` object with ``changes`` on top, themselves such an object.
+
+    Sections of a method are merged. A setting that ``changes`` have at the top is taken out of the sections of
+    ``semi``, where it would win.
+    """
+    merged = {key: {name: before for name, before in value.items() if name not in changes}
+              if isinstance(value, dict) and is_section(key, value) else value for key, value in semi.items()}
+    for key, value in changes.items():
+        before = merged.get(key)
+        merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def is_section(key: str, value: object) -> bool:
+    """Whether an entry of a ``"semi"`` object is the section of a method."""
+    return isinstance(value, dict) and key[:1].isupper()
 
 
 def paper_value(field: FieldInfo) -> object:
@@ -206,5 +235,29 @@ def _what_is_wrong(cls: type[BaseModel], error: ValidationError) -> str:
     return f"{key} must be {expected}, got {value!r}."
 
 
-def _is_other_method(key: str, value: object, names: list[str]) -> bool:
-    return isinstance(value, dict) and key not in names and key[:1].isupper()
+def _refuse_misspelt(sections: list[str], section: str) -> None:
+    """Raise UserError for a name that nearly is that of a method: its settings would change nothing.
+
+    Names that go on where a method's ends are taken for those of users' own methods, FixMatch2 for instance.
+    """
+    if not sections:
+        return
+    known = {section, *_names_of_methods()}
+    by_lower_case = {name.lower(): name for name in known}
+    for name in sections:
+        near = difflib.get_close_matches(name.lower(), by_lower_case, 1, 0.8)
+        if near and not name.startswith(tuple(known)):
+            raise UserError(f'Plans file, "semi": there is no method {name!r}. '
+                            f"Did you mean {by_lower_case[near[0]]!r}?")
+
+
+@cache
+def _names_of_methods() -> frozenset[str]:
+    """Names of the methods of this package."""
+    from nnunetv2_semi import methods
+    from nnunetv2_semi.methods.base import Method
+
+    modules = [importlib.import_module(f"{methods.__name__}.{found.name}")
+               for found in pkgutil.iter_modules(methods.__path__)]
+    return frozenset(value.name for module in modules for value in vars(module).values()
+                     if isinstance(value, type) and issubclass(value, Method))

@@ -25,6 +25,14 @@ class SupervisedSettings(BaseSettings):
     )
     labelled_box: float = setting(0.5, "sides of the pasted box, as a share of the patch's", at_least=0, at_most=1)
 
+    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
+        """See `Settings.of_lone_patches`."""
+        warnings = super().of_lone_patches(labelled, unlabelled)
+        if self.labelled_mixing > 0 and labelled == 1:
+            warnings.append('a step has one labelled patch (on each GPU), so "labelled_mixing" has no other one to take'
+                            ' a box from and counts for nothing. Plan a larger batch_size.')
+        return warnings
+
 
 class Supervised(Method):
     """nnU-Net's own training step within the semi-supervised trainer.
@@ -51,7 +59,8 @@ class Supervised(Method):
         image, target = pasted_into_each_other(batch, self.settings.labelled_box)
         passes = self.passes(self.student, batch.labelled, image)
         yield [self.supervised(next(passes), batch.target)]
-        yield [self.supervised(next(passes), target, "labelled_mixing", weight)]
+        # A lone patch would be pasted into itself: nnU-Net's loss would count twice.
+        yield [self.supervised(next(passes), target, "labelled_mixing", weight, applies=len(image) > 1)]
 
 
 def pasted_into_each_other(batch: Batch, box: float) -> tuple[torch.Tensor, Target]:

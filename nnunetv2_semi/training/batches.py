@@ -44,18 +44,25 @@ def unlabelled_loader(trainer: nnUNetTrainer, settings: Settings, cases: Unlabel
 
     foreground: where the network has found some, see `nnunetv2_semi.training.unlabelled_foreground`.
     """
-    size = settings.unlabelled_batch_size
-    if size is None:
-        size = trainer.batch_size
-    elif trainer.is_ddp:
-        size = max(1, size // dist.get_world_size())
     spatial = slice(1, None) if labelled.patch_size_was_2d else slice(None)
     dataset = infer_dataset_class(cases.folder)(cases.folder, list(cases.identifiers))
     return UnlabelledPatchLoader(
-        dataset, size, labelled.patch_size[spatial], labelled.final_patch_size[spatial], trainer.label_manager,
-        compat.training_transforms_without_target(trainer),
+        dataset, unlabelled_batch_size(trainer, settings), labelled.patch_size[spatial],
+        labelled.final_patch_size[spatial], trainer.label_manager, compat.training_transforms_without_target(trainer),
         mask_needed=any(trainer.configuration_manager.use_mask_for_norm), foreground=foreground,
         foreground_share=settings.unlabelled_foreground)
+
+
+def unlabelled_batch_size(trainer: nnUNetTrainer, settings: Settings) -> int:
+    """Unlabelled patches a step of this process, at least 1; with several GPUs the first ones take what is left over.
+    """
+    size = settings.unlabelled_batch_size
+    if size is None:
+        return int(trainer.batch_size)
+    if not trainer.is_ddp:
+        return size
+    each, left_over = divmod(size, dist.get_world_size())
+    return max(1, each + (dist.get_rank() < left_over))
 
 
 def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mapping[str, nnUNetDataLoader],

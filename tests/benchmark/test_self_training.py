@@ -318,6 +318,12 @@ def test_teachers_have_seeds_of_their_own_and_fine_tuning_does_not_lengthen_a_tr
     assert start.student_plans()["plans_name"] == f"{PLANS}_selftrain"
     assert start.fine_tuning_plans("Dataset012_New")["plans_name"] == f"{PLANS}_selftrain_finetuned012"
 
+    # what the trainer's own section says would win over what is set beside it
+    semi(start.plans)["Supervised"] = {"seed": 5, "num_epochs": 100, "labelled_mixing": 1.0}
+    assert [semi(start.teacher_plans(number))["Supervised"]["seed"] for number in (1, 2)] == [5, 1005]
+    student = semi(start.student_plans())
+    assert student["Supervised"] == {"seed": 5, "labelled_mixing": 1.0} and student["num_epochs"] == 2
+
 
 def test_fine_tuning_begins_with_all_of_the_student_and_another_student_is_refused(tmp_path: Path) -> None:
     student, model, weights = tmp_path / "student", tmp_path / "model", torch.rand(3)

@@ -99,7 +99,7 @@ def test_demo_prints_table_draws_picture_and_leaves_nothing_else(
     assert len(printed.splitlines()) < 100
     assert printed.rstrip().splitlines()[-1].endswith("docs/which_trainer.md")
     gain = 1 - float(rows["Supervised"][-1])
-    assert f"give {gain:+.3f}." in printed
+    assert f"Mix: {gain:+.3f} over Supervised, which sees no unlabelled image." in printed
     assert "-i '$nnUNet_raw/Dataset001_Phantom/imagesTs'" not in printed
     assert "-i $nnUNet_raw/Dataset001_Phantom/imagesTs" in printed
 
@@ -209,3 +209,11 @@ def test_table_averages_over_cases_and_leaves_out_absent_structures() -> None:
     lines = demo.dice_table({"One": {"a": first, "b": second}}).splitlines()
     assert lines[0].split() == ["Dice,", "2", "test", "cases", *LABELS, "mean"]
     np.testing.assert_allclose([float(v) for v in lines[1].split()[1:]], [0.6, 0.5, 0.25, 0.4, 0.4375], atol=5e-4)
+
+
+def test_each_trainer_is_compared_with_the_control_that_is_fair_to_it() -> None:
+    dice = {title: {"a": dict.fromkeys(LABELS, value)} for title, value in (
+        ("Supervised", 0.7), ("Mix", 0.75), ("CML on labels", 0.8), ("Semi-CML", 0.72))}
+    assert demo.dice_table(dice).splitlines()[5:7] == [
+        "Mix: +0.050 over Supervised, which sees no unlabelled image.",
+        "Semi-CML: -0.080 over CML on labels, which sees no unlabelled image."]

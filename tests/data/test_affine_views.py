@@ -74,6 +74,14 @@ def test_a_quarter_turn_is_rot90(axes):
     assert torch.allclose(AffineViews(matrix[None], (6, 6, 6)).of(image), expected, atol=1e-4)
 
 
+def test_positions_are_exact_in_mixed_precision():
+    image = torch.randn(2, 1, 64, 64)
+    views = drawn(image, (1.0, 1.0), False)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, inside = AffineViews(views.matrices, views.shape).of(image), views.inside()
+    assert torch.equal(mixed, views.of(image)) and inside.dtype == torch.bool
+
+
 def test_the_mark_of_absent_channels_stays():
     image = torch.randn(2, 2, 8, 8)
     image[0, 1] = FILL

@@ -22,7 +22,7 @@ def flooded(mask, start):
 
 
 @pytest.mark.parametrize("shape, channels", [((9, 11), 1), ((5, 6, 7), 1), ((9, 11), 3)])
-def test_what_stays_is_the_largest_component_of_each_label(shape, channels):
+def test_what_stays_is_the_largest_component_of_each_label_and_what_touches_the_border(shape, channels):
     torch.manual_seed(0)
     labels = torch.randint(0, 2 if channels > 1 else 4, (2, channels, *shape))
     labels[torch.rand(labels.shape) < 0.7] = 0
@@ -34,7 +34,11 @@ def test_what_stays_is_the_largest_component_of_each_label(shape, channels):
         for label in range(1, 4):
             components = [flooded(before == label, tuple(v)) for v in (before == label).nonzero().tolist()]
             stayed = {tuple(v) for v in (after == label).nonzero().tolist()}
-            assert stayed == max(components, key=len, default=set()) or len(stayed) == max(map(len, components))
+            at_border = {v for component in components for v in component if any(
+                a in (0, n - 1) for w in component for a, n in zip(w, before.shape, strict=True))}
+            largest = max(map(len, components), default=0)
+            assert any(stayed == at_border | component for component in components if len(component) == largest) \
+                or not components and not stayed
 
 
 def test_a_map_without_foreground_and_one_without_islands_stay():
@@ -42,8 +46,16 @@ def test_a_map_without_foreground_and_one_without_islands_stay():
     assert torch.equal(largest_components(labels), labels)
     labels[0, 0, 1, 1] = labels[0, 0, 2, 2] = 3
     assert torch.equal(largest_components(labels), labels)
-    labels[0, 0, 4, 4] = 3
-    assert largest_components(labels)[0, 0, 4, 4] == 0
+    labels = torch.zeros(1, 1, 7, 7, dtype=torch.long)
+    labels[0, 0, 1:3, 1] = labels[0, 0, 5, 5] = 3
+    assert largest_components(labels)[0, 0, 5, 5] == 0 and largest_components(labels).sum() == 6
+
+
+def test_what_the_border_of_the_patch_cuts_into_two_stays():
+    labels = torch.zeros(1, 1, 8, 12, dtype=torch.long)
+    labels[0, 0, :6, 1:3], labels[0, 0, :5, 7:9], labels[0, 0, 6, 10] = 1, 1, 1  # two arms, and an island
+    kept = largest_components(labels)
+    assert kept[0, 0, :, :9].sum() == labels[0, 0, :, :9].sum() and kept[0, 0, 6, 10] == 0
 
 
 @pytest.mark.parametrize("shape", [(9, 11), (5, 6, 7)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
@@ -102,6 +103,21 @@ def test_positions_are_random_and_reach_every_border(tiny, cases):
     lowest = np.array([loader.get_bbox(shape, False, None)[0] for _ in range(300)])
     assert lowest.min(0).tolist() == [0, 0, 0]
     assert (lowest.max(0) + 16).tolist() == list(shape)
+
+
+@pytest.mark.parametrize("batch_size, share", [(1, 0.33), (2, 0.2), (3, 0.5), (4, 0.5), (1, 1.0)])
+def test_the_share_on_foreground_holds_on_average_for_any_batch(tiny, cases, batch_size, share):
+    loader = make_loader(tiny, cases, batch_size=batch_size)
+    loader.foreground_share = share
+    loader.foreground = {case: {1: np.zeros((1, 4), dtype=int)} for case in cases.identifiers}
+    forced = []
+    loader.get_bbox = lambda shape, on_foreground, voxels: forced.append(on_foreground) or ([0] * 3, [16] * 3)
+    np.random.seed(0)
+    for _ in range(400):
+        loader.generate_train_batch()
+    numbers = np.reshape(forced, (400, batch_size)).sum(1)
+    assert np.mean(forced) == pytest.approx(share, abs=0.06)
+    assert set(numbers) <= {int(batch_size * share), math.ceil(batch_size * share)}
 
 
 def test_the_ignore_label_does_not_restrict_positions(tiny, cases):

@@ -1,6 +1,7 @@
 """Tiny networks and batches, no plans and no files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,14 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
                    image_size=(8.0, 8.0, 8.0), num_channels=channels, num_heads=3, training_cases=lambda: iter(()),
                    mirror_axes=mirror_axes, rotation=0.5, turned_in_plane=turned_in_plane,
                    single_components=lambda: single_components)
+
+
+def with_batch_dice(given: Context, ddp: bool) -> Context:
+    """With Dice of all patches together, those of other processes too, as nnU-Net has it in 2D."""
+    loss = DC_and_CE_loss({"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": ddp}, {},
+                          dice_class=MemoryEfficientSoftDiceLoss)
+    return replace(given, supervised_loss=loss,
+                   weighted_loss=WeightedDiceCE(False, given.scale_weights, batch_dice=True, ddp=ddp))
 
 
 def random_batch(channels: int = 2, heads: int = 3, dims: int = 3, size: int = 8, count: int = 2, regions: bool = False,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nnunetv2_semi.data.boxes import Boxes
+from nnunetv2_semi.data.views import IntensityViews
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.fixmatch import FixMatch, FixMatchSettings
 
@@ -74,6 +75,19 @@ def test_by_default_it_is_nnunets_loss_of_mixed_patches_in_value_and_gradient(sm
     assert torch.allclose(term.value, expected, rtol=1e-4)
     assert small.same_gradients(term.value, expected, method.student)
     assert method.metrics["unlabelled_voxels_used"].item() == pytest.approx(confident.float().mean().item())
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8, 6), (2, 1, 4, 6, 8)])
+def test_the_default_view_is_a_box_of_the_next_patch_and_then_strong_intensities(small, shape):
+    method, image = make(small), torch.randn(*shape)
+    torch.manual_seed(3)
+    strong, mixing = method._strong(image)
+    torch.manual_seed(3)
+    inside = Boxes.draw(len(image), shape[2:], 0.5).inside(image.device)
+    mixed = small.mixed(inside, image)
+    assert torch.equal(mixing.inside, inside)
+    assert torch.equal(strong, IntensityViews.draw(1, mixed, scale=0.7, shift=0.7, noise=0.3, noise_probability=0.8,
+                                                   gamma=2.0).apply(mixed)[0])
 
 
 @pytest.mark.parametrize("settings, value", [(PAPER, 0), ({}, -1)])

@@ -59,12 +59,13 @@ def run(method, batches, progress=0.5):
 def counted_by_hand(voxels, threshold, labels, confidence):
     """The weight of each voxel's label, decided voxel by voxel."""
     weights = torch.zeros_like(confidence)
-    by_label = {label: [c for c, own in zip(confidence.flatten().tolist(), labels.flatten().tolist(), strict=True)
-                        if own == label] for label in labels.unique().tolist()}
-    for index in torch.cartesian_prod(*map(torch.arange, confidence.shape)).tolist():
-        place = tuple(index)
-        label, c = labels[place].item(), confidence[place].item()
-        mean = sum(by_label[label]) / len(by_label[label])
+    places = [tuple(index) for index in torch.cartesian_prod(*map(torch.arange, confidence.shape)).tolist()]
+    by_label = {}  # of each channel: regions have one each
+    for place in places:
+        by_label.setdefault((place[1], labels[place].item()), []).append(confidence[place].item())
+    for place in places:
+        c, alike = confidence[place].item(), by_label[place[1], labels[place].item()]
+        mean = sum(alike) / len(alike)
         weights[place] = {"all": 1.0, "weighted": c, "confident": float(c >= threshold),
                           "class": float(c >= min(mean, threshold))}[voxels]
     return weights

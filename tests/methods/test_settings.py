@@ -8,6 +8,7 @@ from nnunetv2_semi.methods.semi_cml import SemiCMLSettings
 from nnunetv2_semi.methods.settings import (
     Settings,
     changed,
+    merged_settings,
     paper_value,
     settings_for_plan,
     settings_from_plan,
@@ -29,6 +30,26 @@ def test_keys_at_the_top_and_in_the_methods_section():
 def test_sections_of_other_methods_are_left_alone():
     semi = {"num_epochs": 7, "SemiCML": {"asc_weight": 1.0}, "MyMethod": {"anything": 1}}
     assert settings_from_plan(MeanTeacherSettings, semi, "MeanTeacher").num_epochs == 7
+
+
+@pytest.mark.parametrize("name, meant", [("Meanteacher", "MeanTeacher"), ("MIX", "Mix"), ("FixMach", "FixMatch"),
+                                         ("SynFOC", "SynFoC")])
+def test_a_misspelt_method_is_refused(name, meant):
+    with pytest.raises(UserError, match=f"no method '{name}'. Did you mean '{meant}'"):
+        settings_from_plan(MeanTeacherSettings, {name: {}}, "MeanTeacher")
+
+
+def test_users_own_methods_may_have_names_that_go_on_where_others_end():
+    semi = {"FixMatch2": {"anything": 1}, "RCPSOwn": {}, "CPS": {}, "RCPS": {}}
+    assert settings_from_plan(MeanTeacherSettings, semi, "MeanTeacher") == MeanTeacherSettings()
+
+
+def test_settings_put_on_top_win_over_what_sections_say():
+    semi = {"seed": 1, "num_epochs": 5, "Mix": {"seed": 2, "confidence": 0.9}, "modalities": {"T1": [0]}}
+    merged = merged_settings(semi, {"seed": 3, "Mix": {"cutmix": 0.1}, "FixMatch": {"seed": 4}})
+    assert merged == {"seed": 3, "num_epochs": 5, "Mix": {"confidence": 0.9, "cutmix": 0.1}, "modalities": {"T1": [0]},
+                      "FixMatch": {"seed": 4}}
+    assert semi["Mix"] == {"seed": 2, "confidence": 0.9}
 
 
 @pytest.mark.parametrize("semi, parts", [

@@ -4,6 +4,8 @@ import torch
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.contract import Batch
+from nnunetv2_semi.methods.fixmatch import FixMatchSettings
+from nnunetv2_semi.methods.mix import MixSettings
 from nnunetv2_semi.methods.supervised import Supervised, SupervisedSettings
 from nnunetv2_semi.present_channels import FILL
 from nnunetv2_semi.training.step import TrainingStep
@@ -54,12 +56,26 @@ def test_labelled_patches_and_their_targets_are_pasted_into_each_other(small, ki
         assert small.same_gradients(terms[name].value, expected[name], method.student)
 
 
-def test_a_single_patch_and_patches_with_other_channels_stay_as_they_are(small):
+def test_a_single_patch_counts_once_and_patches_with_other_channels_stay_as_they_are(small):
     method, batch = make(small, dims=2, labelled_mixing=1.0), small.batch(dims=2)
     batch.labelled[1, 0] = FILL
     for count in (1, 2):
         terms = terms_of(method, Batch(batch.labelled[:count], batch.target[:count], batch.unlabelled))
         assert torch.equal(terms["supervised"].value, terms["labelled_mixing"].value)
+        assert terms["labelled_mixing"].applies == (count == 2)
+
+
+@pytest.mark.parametrize("settings, labelled, unlabelled, named", [
+    (SupervisedSettings(labelled_mixing=1.0), 1, 1, ["labelled_mixing"]),
+    (SupervisedSettings(labelled_mixing=1.0), 2, 1, []), (SupervisedSettings(), 1, 1, []),
+    (FixMatchSettings(), 1, 1, ["cutmix"]), (FixMatchSettings(), 1, 2, []), (FixMatchSettings(cutmix=0.0), 1, 1, []),
+    (MixSettings(), 1, 1, ["cutmix", "labelled_mixing"]), (MixSettings(partner="labelled"), 2, 1, []),
+    (MixSettings(partner="both"), 2, 1, ["cutmix"]),
+])
+def test_what_needs_another_patch_and_has_none_is_told(settings, labelled, unlabelled, named):
+    warnings = settings.of_lone_patches(labelled, unlabelled)
+    assert sorted(name for warning in warnings for name in ("cutmix", "labelled_mixing") if f'"{name}"' in warning) \
+        == named
 
 
 def test_both_arrangements_do_the_same_steps(small):

@@ -36,8 +36,9 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     elif kind == "RCPS":
         method = RCPS(small_network(2, 3), RCPSSettings(num_negatives=9, negatives_from_all_processes=True, **as_it_is),
                       context())
-    elif kind == "Mix":  # of chosen voxels each process takes the mean of its own
-        method = Mix(small_network(2, 3), MixSettings(voxels="all", labelled_mixing=0.0, **as_it_is), context())
+    elif kind in ("Mix", "batch_dice"):  # of chosen voxels each process takes the mean of its own
+        own = context() if kind == "Mix" else small.with_batch_dice(context(), world > 1)
+        method = Mix(small_network(2, 3), MixSettings(voxels="all", labelled_mixing=0.0, **as_it_is), own)
     elif kind == "Fusion":
         names = {"m0": [0], "m1": [1]}
         student = FusedNetwork({n: small_network(1, 3) for n in names}, names, [2], 2, 0.0)

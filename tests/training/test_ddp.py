@@ -8,7 +8,7 @@ import torch
 
 pytestmark = pytest.mark.e2e
 
-METHODS = ["MeanTeacher", "SemiCML", "RCPS", "Mix", "Fusion", "SynFoC"]
+METHODS = ["MeanTeacher", "SemiCML", "RCPS", "Mix", "batch_dice", "Fusion", "SynFoC"]
 TRAINERS = ["CML", "Mix"]
 
 

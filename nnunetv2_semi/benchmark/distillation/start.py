@@ -20,7 +20,7 @@ from nnunetv2_semi.data.dataset_settings import modalities_or_channels
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.distillation import Distillation
-from nnunetv2_semi.methods.settings import settings_from_plan
+from nnunetv2_semi.methods.settings import merged_settings, settings_from_plan
 from nnunetv2_semi.networks.trained_ensemble import TrainedModel
 
 TRAINER = "nnUNetTrainerSemiDistill"
@@ -156,14 +156,12 @@ def _own_plans(plans: dict, name: str, configuration: str, semi: Mapping[str, ob
                modality: str | None) -> dict:
     """The student's plans under another name, with the settings of this distillation."""
     own = {**copy.deepcopy(plans), "plans_name": name}
-    section = semi.get(Distillation.name, {})
     settings = {
         "teacher": str(teacher.folder.resolve()), "teacher_folds": list(teacher.folds),
         "teacher_checkpoint": teacher.checkpoint_name, "teacher_sha256": teacher.digests(), "modality": modality,
     }
-    own["configurations"][configuration]["semi"] = {
-        **semi, "final_validation": False,
-        Distillation.name: {**(section if isinstance(section, dict) else {}), **settings}}
+    own["configurations"][configuration]["semi"] = merged_settings(
+        semi, {"final_validation": False, Distillation.name: settings})
     return own
 
 

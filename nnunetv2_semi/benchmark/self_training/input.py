@@ -23,6 +23,7 @@ from nnunetv2_semi.data.duplicates import find_duplicates
 from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.settings import is_section, merged_settings
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
 
@@ -185,7 +186,8 @@ def _plans(options: Options, preprocessed: Path) -> dict:
                         "the plans with -p.")
     for content in plans["configurations"].values():
         if "inherits_from" not in content or "semi" in content:
-            content["semi"] = {**content.get("semi", {}), "snapshots": options.snapshots, "final_validation": False}
+            content["semi"] = merged_settings(content.get("semi", {}),
+                                              {"snapshots": options.snapshots, "final_validation": False})
     return {**plans, "plans_name": options.plans_name}
 
 
@@ -194,7 +196,7 @@ def _with_settings(plans: dict, name: str, settings: Mapping[str, object]) -> di
     changed = {**copy.deepcopy(plans), "plans_name": name}
     for content in changed["configurations"].values():
         if "semi" in content:
-            content["semi"].update(settings)
+            content["semi"] = merged_settings(content["semi"], settings)
     return changed
 
 
@@ -204,7 +206,16 @@ def _teacher_plans(options: Options, plans: dict, number: int) -> dict:
     changed = _with_settings(plans, options.teacher_plans_name(number), {"snapshots": 0})
     for content in changed["configurations"].values():
         if "semi" in content:
-            content["semi"]["seed"] = content["semi"].get("seed", 0) + SEED_STEP * (number - 1)
+            content["semi"] = _with_own_seed({"seed": 0, **content["semi"]}, number)
+    return changed
+
+
+def _with_own_seed(semi: Mapping[str, object], number: int) -> dict[str, object]:
+    """Settings of a teacher; a method's section may have a seed of its own."""
+    changed = {key: _with_own_seed(value, number) if isinstance(value, dict) and is_section(key, value) else value
+               for key, value in semi.items()}
+    if isinstance(seed := semi.get("seed"), int):
+        changed["seed"] = seed + SEED_STEP * (number - 1)
     return changed
 
 

@@ -18,6 +18,7 @@ from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.study.study import Entry, Study
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.methods.settings import merged_settings
 
 # In a model's folder: what the training began with.
 MARKER = "study.json"
@@ -235,12 +236,3 @@ def jobs_of(study: Study, datasets: Mapping[int | str, str], plans: str, folders
         if study.upper_bound is not None:
             for fold in study.folds:
                 yield Job(study, control, datasets[study.upper_bound], "upper bound", fold, seed, plans, folders)
-
-
-def merged_settings(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
-    """Settings with those of ``second`` over those of ``first``; sections of a method are merged."""
-    merged = dict(first)
-    for key, value in second.items():
-        before = merged.get(key)
-        merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-    return merged

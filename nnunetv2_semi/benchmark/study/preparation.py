@@ -14,7 +14,7 @@ from nnunetv2_semi.benchmark.study.comparability import (
     check_unchanged,
     facts_of_jobs,
 )
-from nnunetv2_semi.benchmark.study.jobs import Folders, Job, jobs_of, merged_settings
+from nnunetv2_semi.benchmark.study.jobs import Folders, Job, jobs_of
 from nnunetv2_semi.benchmark.study.planned_data import (
     name_test_cases_in_training,
     plan_and_preprocess,
@@ -116,7 +116,7 @@ def _check_trainers(jobs: Sequence[Job]) -> bool:
 
 
 def _needs_unlabelled(entry: Entry, study: Study) -> bool:
-    from nnunetv2_semi.methods.settings import settings_from_plan
+    from nnunetv2_semi.methods.settings import merged_settings, settings_from_plan
 
     method = getattr(trainer_class(entry.trainer), "method_class", None)
     if method is not None:
