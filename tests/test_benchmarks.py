@@ -12,8 +12,8 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("alignment", "area_similarity", "cost_volume", "fused_branches", "loader", "memory", "step",
-           "synfoc", "voxel_contrast")
+SCRIPTS = ("alignment", "area_similarity", "cost_volume", "fused_branches", "gradient_share", "loader", "memory",
+           "step", "synfoc", "voxel_contrast")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are part of the source tree alone")
 
