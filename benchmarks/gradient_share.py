@@ -70,6 +70,7 @@ def gradient_sizes(method: torch.nn.Module, batch: object) -> dict[str, float]:
     parameters = [p for p in method.parameters() if p.requires_grad]
     summed: dict[str, list[torch.Tensor]] = {}
     for group in method.loss(batch):  # type: ignore[operator]
+        group = [term for term in group if term.applies]
         for number, term in enumerate(group):
             name = "supervised terms" if term.supervised else term.name
             gradients = torch.autograd.grad(term.weight * term.value, parameters, retain_graph=number < len(group) - 1,

@@ -107,7 +107,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
                                                                self.dataset_json)
         context = build_context(self)
-        lone = self.settings.of_lone_patches(self.batch_size, batches.unlabelled_batch_size(self, self.settings))
+        lone = self.settings.of_lone_patches(*batches.smallest_batch_sizes(self, self.settings))
         for warning in [*self.method_class.check(context, self.settings), *lone]:
             self.print_to_log_file(f"WARNING: {warning}")
 

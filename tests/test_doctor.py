@@ -416,8 +416,11 @@ def test_a_class_that_nnunet_does_not_find_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_an_installation_without_trainers_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(installation, "package_folder", lambda: tmp_path / "nnunetv2_semi")
-    check, = environment.check_visibility()
-    assert check.level is Level.PROBLEM and "pip install --force-reinstall" in check.remedy
+    missing, = environment.check_visibility()
+    assert missing.level is Level.PROBLEM and "pip install --force-reinstall" in missing.remedy
+    monkeypatch.setattr(environment, "trainer_names", tuple)
+    empty, = environment.check_visibility()
+    assert empty.level is Level.PROBLEM and "Their folder is empty" in empty.remedy
 
 
 def test_the_exit_status_tells_whether_training_would_fail(

@@ -42,20 +42,22 @@ def run(args: argparse.Namespace) -> int:
     study = read_study(args.study)
     if args.action == "status":
         return _show_status(study)
+    from nnunetv2_semi.benchmark.study.local_pool import check_devices
+
+    devices = [] if args.cluster else check_devices(study.devices if args.devices is None else args.devices)
     study.folder.mkdir(parents=True, exist_ok=True)
     return exclusive_exit_status_of(
-        lambda: _run_study(study, args), study.folder / ".lock",
+        lambda: _run_study(study, devices, args), study.folder / ".lock",
         f"Another 'nnunetv2_semi benchmark run' is at work on this study ({study.folder}).")
 
 
-def _run_study(study: Study, args: argparse.Namespace) -> int:
+def _run_study(study: Study, devices: Sequence[str], args: argparse.Namespace) -> int:
     # torch and nnU-Net take seconds to import: a wrong study file should be told at once
     from nnunetv2_semi.benchmark.study.cluster import cluster_executor, run_on_cluster
-    from nnunetv2_semi.benchmark.study.local_pool import check_devices, run_on_devices
+    from nnunetv2_semi.benchmark.study.local_pool import run_on_devices
     from nnunetv2_semi.benchmark.study.preparation import prepare
     from nnunetv2_semi.benchmark.study.progress import StudyBar
 
-    devices = [] if args.cluster else check_devices(study.devices if args.devices is None else args.devices)
     executor = cluster_executor(study) if args.cluster else None
     prepared = prepare(study)
     left = [job for job in prepared.jobs if not job.is_done()]

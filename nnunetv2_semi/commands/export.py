@@ -168,7 +168,8 @@ def _stock_networks(method: type[Method], plans: dict, configuration: str, datas
         return network.stock_networks()
     with torch.device("meta"):
         stock = Method.build_student(*what)
-    if type(network) is not type(stock) or _shapes(network.state_dict()) != _shapes(stock.state_dict()):
+    # What a module prints are its layers with all that they were built with, activations for one.
+    if repr(network) != repr(stock) or _shapes(network.state_dict()) != _shapes(stock.state_dict()):
         return {}
     return {"": (list(range(len(dataset_json["channel_names"]))), network.state_dict())}
 

@@ -71,7 +71,8 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         keys = [str(key) for key in self.get_indices()]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             on_foreground = self._number_on_foreground(len(keys))
-            patches = [self._patch(key, number < on_foreground) for number, key in enumerate(keys)]
+            # the last ones, as nnU-Net's
+            patches = [self._patch(key, number >= len(keys) - on_foreground) for number, key in enumerate(keys)]
             return {"data": torch.stack(patches), "keys": keys}
 
     def _number_on_foreground(self, batch_size: int) -> int:

@@ -92,6 +92,8 @@ def check_visibility() -> Iterator[Check]:
         return
     try:
         trainers = trainer_names()
+        if not trainers:
+            raise UserError(f"Their folder is empty. {REINSTALL}")
     except UserError as error:
         yield problem("the trainers of this package are not there", str(error))
         return

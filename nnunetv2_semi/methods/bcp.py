@@ -109,7 +109,10 @@ class BCP(Method):
     def _labelled_into_each_other(self, batch: Batch) -> Iterator[_Pasted]:
         self.metrics["unlabelled_voxels_used"] = batch.labelled.new_zeros(())
         image, target = pasted_into_each_other(batch, self.settings.box)
-        yield _Pasted(image, lambda output: iter([self.supervised(output, target, "supervised_mixed")]))
+        # beside its plain form a lone patch, pasted into itself, would count twice
+        applies = len(image) > 1 or not self.settings.plain_labelled
+        yield _Pasted(image, lambda output: iter([
+            self.supervised(output, target, "supervised_mixed", applies=applies)]))
 
     def _both_ways(self, batch: Batch) -> Iterator[_Pasted]:
         """Pair k: labelled patch k and unlabelled patch k for x_in, labelled patch k and unlabelled patch k + 1 for

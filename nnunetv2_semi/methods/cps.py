@@ -52,6 +52,10 @@ class CPSSettings(PerturbationSettings):
         paper=False,
     )
 
+    @property
+    def mixes_unlabelled(self) -> bool:
+        return super().mixes_unlabelled and self.perturb
+
 
 class CPS(Method):
     """Supervised loss of both networks + w(t) (L(z_1, y_2) + L(z_2, y_1)) on perturbed unlabelled patches.

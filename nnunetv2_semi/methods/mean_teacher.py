@@ -52,6 +52,10 @@ class MeanTeacherSettings(PerturbationSettings):
     )
     deploy: Literal["teacher", "student"] = setting("teacher", '`"teacher"` or `"student"`')
 
+    @property
+    def mixes_unlabelled(self) -> bool:
+        return super().mixes_unlabelled and self.perturbation == "strong"
+
 
 class MeanTeacher(Method):
     """Supervised loss + w(t) mean (p - p')^2 to the EMA teacher, the student's patches perturbed."""

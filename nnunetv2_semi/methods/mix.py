@@ -72,9 +72,9 @@ class MixSettings(PerturbationSettings, SupervisedSettings):
     )
     deploy: Literal["teacher", "student"] = setting("teacher", '`"teacher"` or `"student"`')
 
-    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
-        """See `Settings.of_lone_patches`. A box of a labelled patch needs no other unlabelled one."""
-        return super().of_lone_patches(labelled, 2 if self.partner == "labelled" else unlabelled)
+    @property
+    def mixes_unlabelled(self) -> bool:
+        return super().mixes_unlabelled and self.partner != "labelled"
 
 
 class Mix(Method):

@@ -34,13 +34,9 @@ class PerturbationSettings(ViewSettings):
         at_least=0, at_most=1,
     )
 
-    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
-        """See `Settings.of_lone_patches`."""
-        warnings = super().of_lone_patches(labelled, unlabelled)
-        if self.cutmix > 0 and unlabelled == 1:
-            warnings.append('a step has one unlabelled patch (on each GPU), so "cutmix" has no other one to take a box '
-                            'from and changes nothing. Set "unlabelled_batch_size" to at least 2 for each GPU.')
-        return warnings
+    @property
+    def mixes_unlabelled(self) -> bool:
+        return self.cutmix > 0
 
 
 def intensity_view(image: torch.Tensor, settings: ViewSettings) -> torch.Tensor:

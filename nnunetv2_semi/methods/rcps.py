@@ -95,6 +95,10 @@ class RCPSSettings(BaseSettings):
     view_noise_probability: float = setting(0.5, "of adding noise to a view", at_least=0, at_most=1)
     ramp_fraction: float = setting(0.2, "share of training over which both weights ramp up", at_least=0, paper=1.0)
 
+    @property
+    def mixes_unlabelled(self) -> bool:
+        return self.cutmix > 0
+
 
 @dataclass(frozen=True)
 class _Versions:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import pkgutil
 import typing
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -129,9 +126,26 @@ class Settings(BaseModel):
     )
     regions: bool | None = setting(None, "region-based labels; written by the trainer, whatever you set")
 
+    @property
+    def mixes_unlabelled(self) -> bool:
+        """Whether boxes of other unlabelled patches are pasted into unlabelled ones."""
+        return False
+
+    @property
+    def mixes_labelled(self) -> bool:
+        """Whether boxes of other labelled patches are pasted into labelled ones."""
+        return False
+
     def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
-        """Warnings of what cannot act because a step of a process has one patch to mix, of so many of each kind."""
-        return []
+        """Warnings of what cannot act where a step of a process has so few patches of each kind."""
+        warnings = []
+        if self.mixes_unlabelled and unlabelled == 1 and self.unlabelled_weight > 0:
+            warnings.append('a step has one unlabelled patch (on a GPU), so "cutmix" has no other one to take a box '
+                            'from and changes nothing. Set "unlabelled_batch_size" to at least 2 for each GPU.')
+        if self.mixes_labelled and labelled == 1:
+            warnings.append('a step has one labelled patch (on a GPU), so "labelled_mixing" has no other one to take a '
+                            "box from and counts for nothing. Plan a larger batch_size.")
+        return warnings
 
     def teacher_decay(self, ema_decay: float | None) -> float:
         """``ema_decay``; of None the decay that suits the length of the training, see `decay_for_length`."""
@@ -164,7 +178,8 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
     if not isinstance(own, dict):
         raise UserError(f'Plans file, "semi": {section!r} must be an object with settings of {section}.')
     others = [key for key, value in semi.items() if key not in (section, *names) and is_section(key, value)]
-    _refuse_misspelt(others, section)
+    if section not in semi:
+        _refuse_misspelt(others, section)
     shared = {key: value for key, value in semi.items() if key not in (section, *others)}
     for key in [*shared, *own]:
         if key not in names:
@@ -192,7 +207,8 @@ def merged_settings(semi: Mapping[str, object], changes: Mapping[str, object]) -
               if isinstance(value, dict) and is_section(key, value) else value for key, value in semi.items()}
     for key, value in changes.items():
         before = merged.get(key)
-        merged[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        both = isinstance(before, dict) and isinstance(value, dict) and is_section(key, value)
+        merged[key] = {**before, **value} if both else value  # type: ignore[dict-item]
     return merged
 
 
@@ -235,29 +251,8 @@ def _what_is_wrong(cls: type[BaseModel], error: ValidationError) -> str:
     return f"{key} must be {expected}, got {value!r}."
 
 
-def _refuse_misspelt(sections: list[str], section: str) -> None:
-    """Raise UserError for a name that nearly is that of a method: its settings would change nothing.
-
-    Names that go on where a method's ends are taken for those of users' own methods, FixMatch2 for instance.
-    """
-    if not sections:
-        return
-    known = {section, *_names_of_methods()}
-    by_lower_case = {name.lower(): name for name in known}
-    for name in sections:
-        near = difflib.get_close_matches(name.lower(), by_lower_case, 1, 0.8)
-        if near and not name.startswith(tuple(known)):
-            raise UserError(f'Plans file, "semi": there is no method {name!r}. '
-                            f"Did you mean {by_lower_case[near[0]]!r}?")
-
-
-@cache
-def _names_of_methods() -> frozenset[str]:
-    """Names of the methods of this package."""
-    from nnunetv2_semi import methods
-    from nnunetv2_semi.methods.base import Method
-
-    modules = [importlib.import_module(f"{methods.__name__}.{found.name}")
-               for found in pkgutil.iter_modules(methods.__path__)]
-    return frozenset(value.name for module in modules for value in vars(module).values()
-                     if isinstance(value, type) and issubclass(value, Method))
+def _refuse_misspelt(others: list[str], section: str) -> None:
+    """Raise UserError where one of ``others`` nearly is the method's ``section``: its settings would change nothing."""
+    for name in others:
+        if difflib.get_close_matches(name.lower(), [section.lower()], 1, 0.9):
+            raise UserError(f'Plans file, "semi": there is no method {name!r}. Did you mean {section!r}?')

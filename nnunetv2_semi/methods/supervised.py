@@ -25,13 +25,9 @@ class SupervisedSettings(BaseSettings):
     )
     labelled_box: float = setting(0.5, "sides of the pasted box, as a share of the patch's", at_least=0, at_most=1)
 
-    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
-        """See `Settings.of_lone_patches`."""
-        warnings = super().of_lone_patches(labelled, unlabelled)
-        if self.labelled_mixing > 0 and labelled == 1:
-            warnings.append('a step has one labelled patch (on each GPU), so "labelled_mixing" has no other one to take'
-                            ' a box from and counts for nothing. Plan a larger batch_size.')
-        return warnings
+    @property
+    def mixes_labelled(self) -> bool:
+        return self.labelled_mixing > 0
 
 
 class Supervised(Method):

@@ -65,6 +65,14 @@ def unlabelled_batch_size(trainer: nnUNetTrainer, settings: Settings) -> int:
     return max(1, each + (dist.get_rank() < left_over))
 
 
+def smallest_batch_sizes(trainer: nnUNetTrainer, settings: Settings) -> tuple[int, int]:
+    """Labelled and unlabelled patches a step of the process that has the fewest."""
+    processes = dist.get_world_size() if trainer.is_ddp else 1
+    labelled = trainer.configuration_manager.batch_size
+    unlabelled = settings.unlabelled_batch_size or labelled
+    return max(1, labelled // processes), max(1, unlabelled // processes)
+
+
 def stream(trainer: nnUNetTrainer, settings: Settings, name: str, sources: Mapping[str, nnUNetDataLoader],
            batches_per_epoch: int) -> BatchStream:
     """Batches of ``sources`` from the trainer's current epoch on, made by nnU-Net's number of worker processes.

@@ -232,15 +232,19 @@ def test_a_stock_trainers_model_needs_no_export(model, tmp_path):
         export_model(str(folder), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("own_class, further_outputs", [(True, 0), (False, 1)])
-def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch, own_class, further_outputs):
+@pytest.mark.parametrize("change", ["class", "outputs", "activation"])
+def test_a_network_that_is_not_nnunets_is_refused(model, tmp_path, monkeypatch, change):
     method = ours(MEAN_TEACHER).method_class
     nnunets = method.build_student
 
     def build(plans_manager, configuration_manager, channels, outputs, deep_supervision):
-        network = nnunets(plans_manager, configuration_manager, channels, outputs + further_outputs, deep_supervision)
-        if own_class:
+        network = nnunets(plans_manager, configuration_manager, channels, outputs + (change == "outputs"),
+                          deep_supervision)
+        if change == "class":
             network.__class__ = type("OwnNetwork", (type(network),), {})
+        for module in network.modules() if change == "activation" else ():
+            if isinstance(module, torch.nn.LeakyReLU):
+                module.negative_slope = 0.3
         return network
 
     monkeypatch.setattr(method, "build_student", build)

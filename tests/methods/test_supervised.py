@@ -4,8 +4,11 @@ import torch
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.contract import Batch
+from nnunetv2_semi.methods.cps import CPSSettings
 from nnunetv2_semi.methods.fixmatch import FixMatchSettings
+from nnunetv2_semi.methods.mean_teacher import MeanTeacherSettings
 from nnunetv2_semi.methods.mix import MixSettings
+from nnunetv2_semi.methods.rcps import RCPSSettings
 from nnunetv2_semi.methods.supervised import Supervised, SupervisedSettings
 from nnunetv2_semi.present_channels import FILL
 from nnunetv2_semi.training.step import TrainingStep
@@ -70,7 +73,9 @@ def test_a_single_patch_counts_once_and_patches_with_other_channels_stay_as_they
     (SupervisedSettings(labelled_mixing=1.0), 2, 1, []), (SupervisedSettings(), 1, 1, []),
     (FixMatchSettings(), 1, 1, ["cutmix"]), (FixMatchSettings(), 1, 2, []), (FixMatchSettings(cutmix=0.0), 1, 1, []),
     (MixSettings(), 1, 1, ["cutmix", "labelled_mixing"]), (MixSettings(partner="labelled"), 2, 1, []),
-    (MixSettings(partner="both"), 2, 1, ["cutmix"]),
+    (MixSettings(partner="both"), 2, 1, ["cutmix"]), (MixSettings(unlabelled_weight=0.0), 2, 1, []),
+    (MeanTeacherSettings(), 1, 1, ["cutmix"]), (MeanTeacherSettings(perturbation="noise"), 1, 1, []),
+    (CPSSettings(), 1, 1, ["cutmix"]), (CPSSettings(perturb=False), 1, 1, []), (RCPSSettings(), 1, 1, ["cutmix"]),
 ])
 def test_what_needs_another_patch_and_has_none_is_told(settings, labelled, unlabelled, named):
     warnings = settings.of_lone_patches(labelled, unlabelled)

@@ -15,5 +15,7 @@ def test_unlabelled_patches_are_shared_out_over_gpus_and_none_is_lost(monkeypatc
     for rank, share in enumerate(shares):
         monkeypatch.setattr(batches.dist, "get_rank", lambda rank=rank: rank)
         assert batches.unlabelled_batch_size(trainer, settings) == share
+    trainer.configuration_manager = SimpleNamespace(batch_size=3)
+    assert batches.smallest_batch_sizes(trainer, settings) == (1, max(1, (size or 3) // 2))
     trainer.is_ddp = False
     assert batches.unlabelled_batch_size(trainer, settings) == (size or 5)
