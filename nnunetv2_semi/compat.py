@@ -4,8 +4,8 @@ What extends a class of nnU-Net's depends on that version as well, in its own fi
 entries of checkpoints), logger, loader, preprocessor, planners, and networks made of nnU-Net's encoders and decoders.
 `nnunetv2_semi.planning.whole_volumes` repeats numbers of nnU-Net's planner.
 
-Nothing of ours is imported, so that every module may import this one; what is slow to import is imported where it is
-needed, since worker processes import this module.
+Of ours only `processes.pool` is imported, which needs nothing of this kind, so that every module may import this one;
+what is slow to import is imported where it is needed, since worker processes import this module.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from torch import nn
+
+from nnunetv2_semi.processes.pool import allowed_cores
 
 if TYPE_CHECKING:
     from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -108,9 +110,7 @@ def no_more_threads_than_cores(device: torch.device) -> None:
     """
     if device.type != "cpu":
         return
-    allowed = [torch.get_num_threads()]
-    if hasattr(os, "sched_getaffinity"):
-        allowed.append(len(os.sched_getaffinity(0)))
+    allowed = [torch.get_num_threads(), allowed_cores()]
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > 0:
         allowed.append(int(asked))

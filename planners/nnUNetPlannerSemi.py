@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import torch
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -18,6 +17,7 @@ from nnunetv2_semi.data.raw_checks import check_case_names
 from nnunetv2_semi.planning.foundation import batch_beside_foundation
 from nnunetv2_semi.planning.geometry import unlabelled_geometry
 from nnunetv2_semi.planning.whole_volumes import ATLAS_CONFIGURATION, plan_whole_volumes
+from nnunetv2_semi.processes.pool import default_processes
 
 
 class nnUNetPlannerSemi(ExperimentPlanner):
@@ -158,7 +158,7 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         """Extend the fingerprint in memory; the file keeps what nnU-Net wrote."""
         reader_name = self.determine_reader_writer().__name__
         shapes, spacings = unlabelled_geometry(
-            self.raw_dataset_folder, self.dataset_json, reader_name, num_processes=default_num_processes
+            self.raw_dataset_folder, self.dataset_json, reader_name, num_processes=default_processes()
         )
         print(f'"plan_with_unlabelled": shapes and spacings of {len(shapes)} unlabelled cases enter the plan')
         self.dataset_fingerprint["shapes_after_crop"] = [*self.dataset_fingerprint["shapes_after_crop"], *shapes]

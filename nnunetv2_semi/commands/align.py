@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import SimpleITK as sitk
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunetv2_semi import __version__
@@ -37,6 +36,7 @@ from nnunetv2_semi.data.dataset_settings import modalities_or_channels, named_ch
 from nnunetv2_semi.data.raw_cases import raw_dataset_folder
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import exit_status_of
+from nnunetv2_semi.processes.pool import default_processes
 
 SUFFIX = "Aligned"
 LARGEST_ID = 999
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interpolation", choices=("linear", "bspline"), default="linear",
                         help="for resampling (default: %(default)s)")
     parser.add_argument("--to-id", type=int, metavar="ID", help="of the new data set (default: the next free one)")
-    parser.add_argument("-np", dest="num_processes", type=int, metavar="N", default=default_num_processes,
+    parser.add_argument("-np", dest="num_processes", type=int, metavar="N", default=default_processes(),
                         help="cases at a time (default: %(default)s)")
     parser.add_argument("--pictures", type=int, metavar="N", default=8,
                         help="how many of the worst registrations are drawn (default: %(default)s)")

@@ -30,6 +30,7 @@ from nnunetv2_semi.processes.commands import (
     finished_epochs,
     run_logged,
 )
+from nnunetv2_semi.processes.pool import default_processes
 
 # So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
 # 2D, so that 800 iterations, after which the control lacks labels and not time, take minutes on a processor.
@@ -182,7 +183,7 @@ class Demo:
         self.logs = work / "logs"
         for folder in (*self.folders.values(), self.logs):
             folder.mkdir()
-        processes = str(min(4, os.cpu_count() or 1))
+        processes = str(default_processes())
         self.environment = {
             **os.environ,
             **{variable: str(folder) for variable, folder in self.folders.items()},

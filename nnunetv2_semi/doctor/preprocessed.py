@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -23,6 +22,7 @@ from nnunetv2_semi.data.raw_cases import channel_numbers
 from nnunetv2_semi.data.resampled_size import resampled_shape, size_problem
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.errors import one_line
+from nnunetv2_semi.processes.pool import default_processes
 
 _MUCH_LARGER = 30  # times the voxels of a usual labelled case
 _FAR_OUTSIDE = 10  # times the range of the labelled cases
@@ -69,7 +69,7 @@ def check_preprocessed(
         try:
             found = compare_with_raw(
                 manager, configuration, dataset_json, images=contents, labels=read, report=lambda line: None,
-                num_processes=default_num_processes,
+                num_processes=default_processes(),
             )  # fmt: skip
         except Exception as error:  # plans of another version, or with what is not installed
             yield problem(f"{folder} cannot be compared with the raw data set: {one_line(error)}", command)

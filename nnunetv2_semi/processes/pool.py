@@ -21,11 +21,25 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def processes_to_read(files: Sequence[object]) -> int:
-    """How many processes to read so many files with: nnU-Net's number, or fewer, since to start one takes seconds."""
+def allowed_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_processes() -> int:
+    """How many processes to work with: `nnUNet_def_n_proc`, else nnU-Net's number, but no more than allowed cores.
+
+    A process takes seconds of a core to start: more of them than cores make small data sets slow.
+    """
     from nnunetv2.configuration import default_num_processes
 
-    return max(1, min(default_num_processes, len(files) // _FILES_PER_PROCESS))
+    asked = "nnUNet_def_n_proc" in os.environ
+    return default_num_processes if asked else min(default_num_processes, allowed_cores())
+
+
+def processes_to_read(files: Sequence[object]) -> int:
+    """How many processes to read so many files with: `default_processes`, or fewer for a few files."""
+    return max(1, min(default_processes(), len(files) // _FILES_PER_PROCESS))
 
 
 def exit_with_parent() -> None:

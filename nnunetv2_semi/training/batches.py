@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -20,19 +19,20 @@ from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
 from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.settings import Settings
 from nnunetv2_semi.present_channels import present_modalities
+from nnunetv2_semi.processes.pool import default_processes
 
 
 def check_labelled(trainer: nnUNetTrainer) -> None:
     """Refuse labelled cases that are not those of the raw data set, or no images or labels; see the function called."""
     check_labelled_cases(
-        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, num_processes=default_num_processes,
+        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, num_processes=default_processes(),
         report=trainer.print_to_log_file)
 
 
 def prepare(trainer: nnUNetTrainer, settings: Settings) -> UnlabelledCases:
     """The unlabelled cases, preprocessed where new or changed. Raises UserError for what is wrong with them."""
     cases = prepare_unlabelled(
-        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, num_processes=default_num_processes,
+        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, num_processes=default_processes(),
         skip_unreadable=settings.skip_unreadable, report=trainer.print_to_log_file)
     trainer.print_to_log_file(f"{len(cases.identifiers)} unlabelled cases in {cases.folder}")
     return cases

@@ -33,7 +33,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setattr(source_cases, "default_num_processes", 1)
+    monkeypatch.setattr(source_cases, "default_processes", lambda: 1)
     return tmp_path / "nnUNet_raw"
 
 
@@ -337,7 +337,7 @@ def test_doctor_passes_and_nnunet_reads_the_links(raw: Path, kind: dict) -> None
 
 def test_labels_are_read_in_parallel(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_source(raw, PATTERN[8:14])
-    monkeypatch.setattr(source_cases, "default_num_processes", 2)
+    monkeypatch.setattr(source_cases, "default_processes", lambda: 2)
     assert command("--labeled", 3) == 0
     assert record(made(raw)["3"])["cases_per_class"]["labelled"]["five"] == 1
 

@@ -31,7 +31,7 @@ JOINED = {"plan_joined_passes": True}
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr("planners.nnUNetPlannerSemi.default_num_processes", 1)
+    monkeypatch.setattr("planners.nnUNetPlannerSemi.default_processes", lambda: 1)
 
 
 def cost(plan):

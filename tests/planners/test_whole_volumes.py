@@ -36,7 +36,7 @@ def planned(raw_dataset, tmp_path, monkeypatch):
     """Plans for two cases of these shapes and spacings."""
 
     def make(shapes, spacings, memory=8.0, planner_class=nnUNetPlannerSemi):
-        monkeypatch.setattr("planners.nnUNetPlannerSemi.default_num_processes", 1)
+        monkeypatch.setattr("planners.nnUNetPlannerSemi.default_processes", lambda: 1)
         if not (tmp_path / "raw").exists():
             raw_dataset(semi=JOINED)
         file = next((tmp_path / "preprocessed").glob("*/dataset_fingerprint.json"))

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.utils import create_paths_fn, get_filenames_of_train_images_and_targets
@@ -24,6 +23,7 @@ from nnunetv2_semi.data.raw_cases import (
     raw_dataset_folder,
 )
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.processes.pool import default_processes
 
 REQUIRED_KEYS = ("labels", "file_ending")
 
@@ -145,7 +145,7 @@ def classes_per_case(dataset_json: dict, cases: Mapping[str, Case]) -> dict[str,
         cache_folder=None,
         raw_dataset_folder="",
         reader_name=reader.__name__,
-        num_processes=default_num_processes,
+        num_processes=default_processes(),
     )
     known = {*names, 0, dataset_json["labels"].get("ignore", 0)}
     unknown = {file: sorted({*content.values} - known) for file, content in contents.items()}

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.reader_writer_registry import (
     determine_reader_writer_from_dataset_json,
     recursive_find_reader_writer_by_name,
@@ -47,7 +46,7 @@ def measure_runs(
     runs: Sequence[PredictedRun],
     tolerance_mm: float,
     *,
-    num_processes: int = default_num_processes,
+    num_processes: int | None = None,
     show_progress_bar: bool = True,
 ) -> pd.DataFrame:
     """One row per run, case and structure, with the columns ``COLUMNS``, sorted by the order of ``runs`` and the case.
@@ -57,7 +56,7 @@ def measure_runs(
     Args:
         runs: Each has a prediction for every file of its ``truth``.
         tolerance_mm: Distance up to which NSD counts surfaces as equal.
-        num_processes: Cases measured at once.
+        num_processes: Cases measured at once; None: `default_processes`.
         show_progress_bar: Of the cases.
 
     Raises:

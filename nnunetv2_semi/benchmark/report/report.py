@@ -189,7 +189,6 @@ def write_report(
     if not (tolerance_mm >= 0 and worst_cases >= 0):
         raise UserError("The tolerance and the number of worst cases must not be negative.")
     import pandas as pd
-    from nnunetv2.configuration import default_num_processes
 
     from nnunetv2_semi.benchmark.report.domains import domains_of_groups, with_domain_column, with_domain_rows
     from nnunetv2_semi.benchmark.report.measures import label_means, measure_runs
@@ -198,7 +197,7 @@ def write_report(
     from nnunetv2_semi.benchmark.report.summary import summarise
 
     domains = domains_of_groups(runs)
-    measures = measure_runs(runs, tolerance_mm, num_processes=num_processes or default_num_processes)
+    measures = measure_runs(runs, tolerance_mm, num_processes=num_processes)
     summary = with_domain_rows(summarise(measures), measures, domains)
     with_means = pd.concat([label_means(measures), measures], ignore_index=True)
     sections = sections_of(runs, with_means, summary, tolerance_mm, worst_cases)

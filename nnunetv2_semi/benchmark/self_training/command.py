@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nnunetv2.configuration import default_num_processes
-
 from nnunetv2_semi.benchmark.datasets.source_cases import read_source
 from nnunetv2_semi.benchmark.self_training import stability
 from nnunetv2_semi.benchmark.self_training.input import OPTION_DEFAULTS, Options, Start, checked_start
@@ -25,7 +23,7 @@ from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_exit_status_of, prediction_options
-from nnunetv2_semi.processes.pool import processes_to_read
+from nnunetv2_semi.processes.pool import default_processes, processes_to_read
 
 OPTIONS = "selftrain_options.json"
 
@@ -149,7 +147,7 @@ class SelfTraining:
             if not labels.is_dir():
                 write_stable_labels(final, list(others.values()), [case + self.ending for case in sorted(kept)],
                                     source.dataset_json["labels"]["ignore"], self.start.reader, labels,
-                                    default_num_processes)
+                                    default_processes())
         return pseudo_labelled_dataset(source, number, made_by, teacher.models, labels, scores, kept)
 
     def predict(self, predictor: Predictor, folder: Path) -> Path:
@@ -187,7 +185,7 @@ class SelfTraining:
             scores = stability.read_scores(table)
         else:
             rated = stability.stability_of_cases(final, others, self.files, self.start.structures,
-                                                 self.start.reader, default_num_processes)
+                                                 self.start.reader, default_processes())
             scores = {file.removesuffix(self.ending): score for file, score in rated.items()}
         kept = stability.most_stable(scores, self.options.keep)
         if not table.is_file():
@@ -212,7 +210,7 @@ class SelfTraining:
             own = {"train": [*split["train"], *added], "val": split["val"]}
             write_json_whole(str(folder / "splits_final.json"), [*others, own])
         run_shown(["nnUNetv2_preprocess", "-d", str(int(dataset[7:10])), "-plans_name", self.options.plans_name, "-c",
-                   self.options.configuration, "-np", str(default_num_processes)],
+                   self.options.configuration, "-np", str(default_processes())],
                   self.device, self.out / f"preprocess_{dataset}.log", Progress())
         done.touch()
 

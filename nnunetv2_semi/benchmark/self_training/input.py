@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_semi.benchmark.datasets.source_cases import Source
@@ -24,6 +23,7 @@ from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
+from nnunetv2_semi.processes.pool import default_processes
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
 
@@ -274,7 +274,7 @@ def _check_no_labelled_image(source: Source, preprocessed: Path, reader_name: st
     contents, _ = file_contents(
         [file for files in (*labelled.values(), *unlabelled.values()) for file in files],
         raw_dataset_folder=source.folder, cache_folder=str(preprocessed), reader_name=reader_name,
-        num_processes=default_num_processes)
+        num_processes=default_processes())
     pairs = [f"{Path(same.file).name} = {Path(same.other_file).name}"
              for same in find_duplicates(unlabelled, contents, labelled)]
     if pairs:

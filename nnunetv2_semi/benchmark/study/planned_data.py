@@ -15,6 +15,7 @@ from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
+from nnunetv2_semi.processes.pool import default_processes
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
 
 EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
@@ -31,7 +32,7 @@ def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders
     folder.mkdir(parents=True, exist_ok=True)
     file, begun = folder / f"{plans}.json", study.folder / f"preprocessing_{dataset}.begun"
     with FileLock(folder / ".planning.lock"):  # another study may be at it
-        number, processes = dataset.removeprefix("Dataset")[:3], os.environ.get("nnUNet_def_n_proc", "4")
+        number, processes = dataset.removeprefix("Dataset")[:3], str(default_processes())
         if not file.is_file() and source in (None, dataset):
             _run(study, dataset, "nnUNetv2_plan_and_preprocess", ["-d", number, "-fpe", EXTRACTOR, "-pl",
                                                                   study.planner, "--no_pp", "-npfp", processes])
@@ -60,7 +61,6 @@ def _run(study: Study, dataset: str, name: str, arguments: list[str]) -> None:
 
 def _is_preprocessed(study: Study, plans_file: Path, raw: Path) -> bool:
     """Whether all labelled cases are there as the raw data set has them, and none that is not labelled any more."""
-    from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunetv2_semi.data.labelled_comparison import compare_with_raw, read_labelled
@@ -70,9 +70,9 @@ def _is_preprocessed(study: Study, plans_file: Path, raw: Path) -> bool:
     if study.configuration not in plans.available_configurations:
         raise UserError(f"{plans_file} has no configuration {study.configuration}; it has "
                         f"{', '.join(plans.available_configurations)}.")
-    images, labels = read_labelled(plans, dataset_json, num_processes=default_num_processes)
+    images, labels = read_labelled(plans, dataset_json, num_processes=default_processes())
     return compare_with_raw(plans, plans.get_configuration(study.configuration), dataset_json, images=images,
-                            labels=labels, num_processes=default_num_processes).agrees
+                            labels=labels, num_processes=default_processes()).agrees
 
 
 def write_split(study: Study, job: Job) -> None:
@@ -95,7 +95,6 @@ def write_split(study: Study, job: Job) -> None:
 
 def prepare_unlabelled_cases(job: Job) -> None:
     """Preprocess unlabelled cases once, before trainings that would all begin with it."""
-    from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunetv2_semi.data.preprocessing import prepare_unlabelled
@@ -105,12 +104,11 @@ def prepare_unlabelled_cases(job: Job) -> None:
     semi = content["configurations"][job.study.configuration]["semi"]
     dataset_json = json.loads((job.plans_file.parent / "dataset.json").read_text(encoding="utf-8"))
     prepare_unlabelled(plans, plans.get_configuration(job.study.configuration), dataset_json,
-                       num_processes=default_num_processes, skip_unreadable=bool(semi.get("skip_unreadable", False)))
+                       num_processes=default_processes(), skip_unreadable=bool(semi.get("skip_unreadable", False)))
 
 
 def name_test_cases_in_training(job: Job) -> None:
     """Print which test cases are training cases under another name, or seem to be: their results mean nothing."""
-    from nnunetv2.configuration import default_num_processes
 
     from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes
     from nnunetv2_semi.data.file_contents import file_contents
@@ -122,7 +120,7 @@ def name_test_cases_in_training(job: Job) -> None:
     contents, _ = file_contents(
         [file for files in (*training.values(), *test.values()) for file in files],
         cache_folder=str(job.plans_file.parent), raw_dataset_folder=str(job.raw),
-        reader_name=job.own_plans()["image_reader_writer"], num_processes=default_num_processes,
+        reader_name=job.own_plans()["image_reader_writer"], num_processes=default_processes(),
     )  # fmt: skip
     same, alike = (find(test, contents, training) for find in (find_duplicates, find_look_alikes))
     for pairs, what in ((same, "are the same image"), (alike, LOOK_ALIKE)):
