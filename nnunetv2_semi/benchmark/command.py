@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     study = read_study(args.study)
     if args.action == "status":
         return _show_status(study)
+    # torch and nnU-Net take seconds to import: a wrong study file should be told at once
     from nnunetv2_semi.benchmark.study.local_pool import check_devices
 
     devices = [] if args.cluster else check_devices(study.devices if args.devices is None else args.devices)
@@ -52,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_study(study: Study, devices: Sequence[str], args: argparse.Namespace) -> int:
-    # torch and nnU-Net take seconds to import: a wrong study file should be told at once
     from nnunetv2_semi.benchmark.study.cluster import cluster_executor, run_on_cluster
     from nnunetv2_semi.benchmark.study.local_pool import run_on_devices
     from nnunetv2_semi.benchmark.study.preparation import prepare

@@ -25,7 +25,7 @@ from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.grids import grid_difference, grid_of
 from nnunetv2_semi.errors import UserError, one_line
-from nnunetv2_semi.processes.pool import results_in_parallel
+from nnunetv2_semi.processes.pool import default_processes, results_in_parallel
 
 METRICS = ("dice", "jaccard", "hd95_mm", "asd_mm", "nsd")
 HIGHER_IS_BETTER = {"dice": True, "jaccard": True, "hd95_mm": False, "asd_mm": False, "nsd": True}
@@ -85,7 +85,7 @@ def measure_runs(
     for (index, _, case, _), (case_rows, problem) in results_in_parallel(
         partial(_rows_of_case, tolerance_mm=tolerance_mm),
         tasks,
-        num_processes=num_processes,
+        num_processes=num_processes or default_processes(),
         description="Measuring predictions",
         show_progress_bar=show_progress_bar,
     ):
