@@ -20,7 +20,11 @@ import torch
 import torch.distributed as dist
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from torch import nn
 
 from nnunetv2_semi.processes.pool import allowed_cores
@@ -59,9 +63,10 @@ def use_one_blur(transform: BasicTransform | None) -> None:
 
 
 def restore_channel_order(transform: BasicTransform | None) -> None:
-    """Undo what earlier batches did to the random binary operators, which shuffle their list of channels in place."""
+    """Undo what earlier batches did to a cascade's transforms, which shuffle their list of channels in place."""
     for part in _parts(transform):
-        if isinstance(part, ApplyRandomBinaryOperatorTransform):
+        if isinstance(part, (ApplyRandomBinaryOperatorTransform,
+                             RemoveRandomConnectedComponentFromOneHotEncodingTransform)):
             part.channel_idx.sort()
 
 
@@ -100,6 +105,23 @@ def train_on_cpu_under_gloo(trainer: nnUNetTrainer) -> None:
     """nnU-Net takes it for granted that DDP means CUDA."""
     if trainer.is_ddp and dist.get_backend() == "gloo":
         trainer.device, trainer.grad_scaler = torch.device("cpu"), None
+
+
+class _GatherOfSums:
+    """nnU-Net's gathering of a Dice over several processes, of each one's sum over its patches."""
+
+    @staticmethod
+    def apply(sums: torch.Tensor) -> torch.Tensor:
+        """``sums``: (patches, classes). Returns (processes, 1, classes), with a gradient."""
+        return AllGatherGrad.apply(sums.sum(0, keepdim=True))
+
+
+def let_processes_differ_in_patches() -> None:
+    """nnU-Net's Dice of a batch gathers a row for each patch, which hangs or fails where processes have not equally
+    many: with an unlabelled batch that does not divide evenly, or patches that lack a modality."""
+    from nnunetv2.training.loss import dice
+
+    dice.AllGatherGrad = _GatherOfSums
 
 
 def no_more_threads_than_cores(device: torch.device) -> None:

@@ -7,11 +7,14 @@ passes, several networks and skipped terms, and this way every process makes the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+_PATIENCE = timedelta(days=7)  # with which processes wait for the first one
 
 Result = TypeVar("Result")
 Item = TypeVar("Item", bound=Hashable)
@@ -94,16 +97,20 @@ def broadcast_from_first(module: nn.Module) -> None:
 
 
 def on_first_process(work: Callable[[], Result]) -> Result:
-    """Run ``work`` on the first process alone; all processes get its result, or raise its error."""
+    """Run ``work``, which may take hours, on the first process alone; all processes get its result, or raise its error.
+    """
     if not is_distributed():
         return work()
+    # In nnU-Net's own group those who wait for ten minutes would be stopped.
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     outcome: list[object] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except Exception as error:  # carried to the other processes, which would wait for ever otherwise
             outcome[1] = error
-    dist.broadcast_object_list(outcome, 0)
+    dist.broadcast_object_list(outcome, 0, group=patient)
+    dist.destroy_process_group(patient)
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]

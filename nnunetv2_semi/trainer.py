@@ -61,6 +61,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         check_dataset_json(dataset_json, preprocessed_dataset_json(plans["dataset_name"]))
         super().__init__(plans, configuration, fold, dataset_json, device)
         compat.train_on_cpu_under_gloo(self)
+        if self.is_ddp:
+            compat.let_processes_differ_in_patches()
         self.logger.local_logger = SemiLocalLogger()
         name = self.method_class.name
         found = self.method_class.completed(settings_from_plan(

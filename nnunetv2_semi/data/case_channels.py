@@ -148,18 +148,20 @@ class CaseChannels:
 
     def __init__(self, dataset: nnUNetBaseDataset) -> None:
         self._dataset = dataset
-        self._found: dict[str, list[int] | None] = {}
+        self._absent: dict[str, set[int]] = {}
 
     def present(self, cases: Sequence[str], num_channels: int) -> torch.Tensor:
         """Which of ``num_channels`` channels each of ``cases`` has: bool (cases, channels)."""
-        rows = [[self._has(case, channel) for channel in range(num_channels)] for case in cases]
+        rows = [[channel not in self._absent_of(case) for channel in range(num_channels)] for case in cases]
         return torch.tensor(rows, dtype=torch.bool).reshape(len(cases), num_channels)
 
-    def _has(self, case: str, channel: int) -> bool:
-        if case not in self._found:
-            self._found[case] = self._dataset.load_case(case)[-1].get(PRESENT_CHANNELS)
-        channels = self._found[case]
-        return channels is None or channel in channels
+    def _absent_of(self, case: str) -> set[int]:
+        """Of the image's channels; a cascade appends those of the stage before, which are always there."""
+        if case not in self._absent:
+            image, *_, properties = self._dataset.load_case(case)
+            channels = range(image.shape[0])
+            self._absent[case] = set(channels) - set(properties.get(PRESENT_CHANNELS, channels))
+        return self._absent[case]
 
 
 def _channels_in(file: str, reader: type[BaseReaderWriter]) -> int:

@@ -211,4 +211,4 @@ def require_modalities(context: Context, need: str, example: str) -> None:
     names = list(context.modalities)
     if len(names) < 2:
         raise UserError(f"{need}; this data set has only {names}. Name them in dataset.json: "
-                        f'"semi": {{"modalities": {example}}}. With one modality use nnUNetTrainerSemiMeanTeacher.')
+                        f'"semi": {{"modalities": {example}}}. With one modality use nnUNetTrainerSemiMix.')

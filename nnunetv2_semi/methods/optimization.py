@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunetv2_semi.schedules import warmed_up_poly
 
 NNUNETS_GRADIENT_CLIP = 12.0
+_SETTINGS = ("momentum", "nesterov", "weight_decay")  # of an optimiser, besides what its schedule sets
 
 
 class WarmedUpPolyLR(LRScheduler):
@@ -65,5 +66,9 @@ class Optimization:
         return {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """What `state_dict` gave."""
+        """What `state_dict` gave, but for what settings say: these are the ones of now."""
+        groups = self.optimizer.param_groups
+        own = [{name: group[name] for name in _SETTINGS if name in group} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)

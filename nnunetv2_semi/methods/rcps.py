@@ -233,7 +233,7 @@ class RCPS(Method):
     # after a step
 
     def after_step(self) -> None:
-        if self.settings.buffer_steps:
+        if self.settings.buffer_steps and self._new_voxels:  # none without the contrast
             for bank, voxels in zip(self.banks, self._new_voxels, strict=True):
                 assert isinstance(bank, VoxelBank)
                 bank.add(voxels)

@@ -65,8 +65,8 @@ def restore(trainer: nnUNetTrainerSemi, checkpoint: Mapping[str, Any], path: str
     trainer.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
     trainer.method.load_state_dict(ours["method_state"])
     trainer.foreground = ours.get("unlabelled_foreground", {})
-    trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
-    for optimization, state in zip(trainer.optimizations[1:], ours["optimizer_states"], strict=True):
+    states = [{"optimizer": checkpoint["optimizer_state"]}, *ours["optimizer_states"]]
+    for optimization, state in zip(trainer.optimizations, states, strict=True):
         optimization.load_state_dict(state)
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

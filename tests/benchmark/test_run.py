@@ -164,7 +164,17 @@ def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monke
     assert all(file.stat().st_mtime_ns == time_ for file, time_ in finished.items())
     assert cli.main(["benchmark", "status", "study.yaml"]) == 0
 
-    # what was done with other settings is not mixed with what would be done now
+    # what was done with other data or settings is not mixed with what would be done now
+    label = min((workspace / "nnUNet_raw" / "Dataset001_Phantom" / "labelsTr").iterdir())
+    before = label.read_bytes()
+    voxels = sitk.ReadImage(str(label))
+    voxels[0, 0, 0] = 1 - voxels[0, 0, 0]
+    sitk.WriteImage(voxels, str(label))
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 1
+    changed = f"Dataset001_Phantom has changed since 3 trainings of the study began with it: labelsTr/{label.name}."
+    assert changed in capsys.readouterr().err
+    label.write_bytes(before)
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 0
     (workspace / "study.yaml").write_text(STUDY.replace("num_epochs: 4", "num_epochs: 5"))
     assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 1
     assert "3 trainings of the study were begun with other settings" in capsys.readouterr().err

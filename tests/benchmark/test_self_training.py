@@ -30,7 +30,7 @@ from nnunetv2_semi.benchmark.self_training.fine_tuning import begin_fine_tuning
 from nnunetv2_semi.benchmark.self_training.input import Options, checked_start
 from nnunetv2_semi.benchmark.self_training.models import Predictor
 from nnunetv2_semi.benchmark.self_training.pseudo_labelled import pseudo_labelled_dataset
-from nnunetv2_semi.benchmark.self_training.stability import read_scores, stability
+from nnunetv2_semi.benchmark.self_training.stability import read_scores, stability, write_scores
 from nnunetv2_semi.benchmark.study import execution
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Entry, Study
@@ -404,7 +404,7 @@ def test_the_second_stage_of_a_cascade_is_refused(tmp_path: Path) -> None:
 
 def test_without_a_free_id_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pseudo_labelled, "free_ids", lambda after, count: [])
-    source = SimpleNamespace(folder=str(tmp_path / SOURCE), name=SOURCE)
+    source = SimpleNamespace(folder=str(tmp_path / SOURCE), name=SOURCE, labelled={}, unlabelled={})
     with pytest.raises(UserError, match="There is no free id from 2 to 999 for the pseudo-labelled data set"):
         pseudo_labelled_dataset(source, 1, {}, [], tmp_path, {}, [])
 
@@ -480,6 +480,33 @@ def test_two_at_a_time_get_different_ids_and_each_finds_its_own_again(
     assert len({name[:10] for name in names}) == 4
     assert [made(keep) for keep in (0.1, 0.2, 0.3, 0.4)] == names
     assert not (tmp_path / names[0] / "imagesUn").exists()  # all are labelled now
+    with pytest.raises(UserError, match=f"{names[0]} has the pseudo-labels of other predictions, or of other cases"):
+        pseudo_labelled_dataset(source, 1, {"keep": 0.1}, [tmp_path], tmp_path, dict.fromkeys(kept, 0.9), kept)
+
+
+def test_a_true_label_is_never_overwritten_by_a_predicted_one(here: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              tmp_path: Path) -> None:
+    """A case that became labelled after it was predicted."""
+    shutil.copytree(here / "nnUNet_raw" / SOURCE, tmp_path / SOURCE)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    source = read_source(SOURCE)
+    case = min(source.labelled)
+    label = tmp_path / SOURCE / "labelsTr" / f"{case}.nii.gz"
+    before = label.read_bytes()
+    (tmp_path / label.name).write_bytes(b"predicted")
+    with pytest.raises(UserError, match=f"would get two files named labelsTr/{label.name}"):
+        pseudo_labelled_dataset(source, 1, {}, [], tmp_path, {case: 0.9}, [case])
+    assert label.read_bytes() == before
+
+
+def test_stabilities_of_other_cases_are_not_taken_up(tmp_path: Path) -> None:
+    write_scores(tmp_path / "stability.csv", {"a": 0.5, "b": 0.75}, ["b"])
+    steps = self_training.SelfTraining.__new__(self_training.SelfTraining)
+    steps.source, steps.options = SimpleNamespace(unlabelled={"b": None, "c": None}), SimpleNamespace(keep=0.5)
+    with pytest.raises(UserError, match="Other cases are unlabelled than when .* was made: a, c. Begin anew"):
+        steps.rate(tmp_path, [], tmp_path / "stability.csv")
+    steps.source.unlabelled = {"a": None, "b": None}
+    assert steps.rate(tmp_path, [], tmp_path / "stability.csv") == ({"a": 0.5, "b": 0.75}, ["b"])
 
 
 def test_a_study_predicts_with_the_model_that_self_training_names(

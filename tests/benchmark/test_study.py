@@ -63,6 +63,22 @@ def test_settings_go_from_the_plans_over_the_study_to_the_entry(tmp_path):
     assert plans["plans_name"] == job.plans_name == "P_labels_RCPS_without_contrast_seed3"
 
 
+def test_settings_of_the_configuration_that_is_inherited_from_count(tmp_path):
+    """A "semi" of the configuration's own replaces the inherited one whole, in nnU-Net."""
+    job = jobs(read_study(written(tmp_path, STUDY)), tmp_path)[0]
+    plans = json.loads(job.base_plans_file.read_text())
+    configurations = plans["configurations"]
+    configurations["parent"] = configurations["3d_fullres"]
+    configurations["3d_fullres"] = {"inherits_from": "parent", "batch_size": 4}
+    job.base_plans_file.write_text(json.dumps(plans))
+    semi = job.own_plans()["configurations"]["3d_fullres"]["semi"]
+    assert semi["initial_lr"] == 0.1 and semi["num_epochs"] == 5
+    configurations["3d_fullres"]["semi"] = {"momentum": 0.5}
+    job.base_plans_file.write_text(json.dumps(plans))
+    semi = job.own_plans()["configurations"]["3d_fullres"]["semi"]
+    assert semi["momentum"] == 0.5 and "initial_lr" not in semi
+
+
 def test_what_decides_the_result_is_in_the_digest(tmp_path):
     def digests(text: str) -> list[str]:
         return [job.made_with() for job in jobs(read_study(written(tmp_path, text)), tmp_path)]

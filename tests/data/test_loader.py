@@ -6,10 +6,16 @@ import pickle
 import random
 import signal
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -211,6 +217,24 @@ def test_batches_differ_by_index_seed_stream_and_rank(tiny, cases):
         made += images(make_batches(tiny, cases, **change), [0])
     different = {image.numpy().tobytes() for image in made}
     assert len(different) == len(made)
+
+
+@pytest.mark.parametrize("make", [RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+                                  partial(ApplyRandomBinaryOperatorTransform, strel_size=(1, 1))])
+def test_a_cascades_batches_do_not_depend_on_earlier_ones(make):
+    """Its transforms shuffle their channels in place."""
+    class Loader:
+        def __init__(self):
+            self.transforms = make(channel_idx=[0, 1, 2, 3])
+            self._data = SimpleNamespace(load_case=lambda case: (np.zeros((1, 2, 2)), None, None, {}))
+
+        def generate_train_batch(self):
+            self.transforms.get_parameters(image=None)
+            return {"data": torch.zeros(1, 1, 2, 2), "keys": ["case"], "order": list(self.transforms.channel_idx)}
+
+    at_once, one_by_one = (SeededBatches({"labelled": Loader()}, seed=0) for _ in range(2))
+    orders = [one_by_one[index]["labelled"]["order"] for index in range(6)]
+    assert at_once[5]["labelled"]["order"] == orders[5] and len(set(map(tuple, orders))) > 1
 
 
 def test_a_loader_gives_the_same_batches_whatever_other_loaders_there_are(tiny, cases):

@@ -21,7 +21,7 @@ class Cases:
 
     def load_case(self, case):
         self.read.append(case)
-        return None, None, None, PROPERTIES[case]
+        return np.zeros((2, 4, 4, 4)), None, None, PROPERTIES[case]
 
 
 class Loader:
@@ -101,3 +101,8 @@ def test_zeros_whose_sign_augmentation_turned_are_no_mark():
 
     batch = SeededBatches({"labelled": Blank()}, seed=5)[0]["labelled"]
     assert torch.equal(present_channels(batch["data"]), batch["present"])
+
+
+def test_what_a_cascade_appends_to_the_image_is_always_there():
+    """The segmentation of the stage before, a channel for each label."""
+    assert CaseChannels(Cases()).present(["both", "second"], 5).tolist() == [[True] * 5, [False] + [True] * 4]

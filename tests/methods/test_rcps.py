@@ -219,6 +219,12 @@ def test_the_buffer_is_filled_by_steps_and_carried_by_a_checkpoint(small):
     assert not torch.equal(with_buffer, contrast(method))
 
 
+def test_without_contrast_the_buffer_stays_empty(small):
+    method = make(small, RCPSSettings(contrast=False, buffer_steps=2))
+    run(method, small.batch(size=16), 2)
+    assert [len(bank) for bank in method.banks] == [0] * len(method.banks)
+
+
 def test_residual_encoder(small):
     unet = ResidualEncoderUNet(2, 3, [4, 8, 8], nn.Conv3d, 3, [1, 2, 2], [1, 1, 1], 3, [1, 1], True, nn.InstanceNorm3d,
                                {"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=False)

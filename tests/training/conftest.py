@@ -172,7 +172,7 @@ if __name__ == '__main__':
 def run_workers(works: Sequence[tuple[str, str]], world: int, folder: Path, workspace: Path) -> None:
     """Run ddp_worker.py in ``world`` processes on a workspace's folders; results go to ``folder``.
 
-    works: ("steps" or "training", kind), one after another.
+    works: (name of a function there, kind), one after another.
     """
     together = ",".join(f"{what}:{kind}" for what, kind in works)
     workers = [subprocess.Popen([sys.executable, WORKER, together, str(rank), str(world), folder],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -67,6 +68,33 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     torch.save({"state": method.state_dict(), "skipped": skipped}, folder / f"{kind}_{world}_{rank}.pt")
 
 
+def uneven(rank: int, world: int, folder: Path, kind: str) -> None:
+    """nnU-Net's Dice of a batch, of which the first process has two patches and the second one."""
+    from nnunetv2_semi import compat
+    from nnunetv2_semi.losses.weighted_dice_ce import WeightedDiceCE
+
+    compat.let_processes_differ_in_patches()
+    torch.manual_seed(3)
+    logits, labels, weight = torch.randn(3, 3, 6, 5), torch.randint(3, (3, 1, 6, 5)), torch.rand(3, 1, 6, 5)
+    own = slice(None) if world == 1 else (slice(2), slice(2, 3))[rank]
+    leaf = logits[own].clone().requires_grad_()
+    loss = WeightedDiceCE(False, (1.0,), True, ddp=world > 1).dice(leaf, labels[own], loss_mask=weight[own])
+    loss.backward()
+    # the gradient is summed over processes, and a step takes the mean over them
+    torch.save({"value": loss.detach(), "gradient": leaf.grad / world}, folder / f"{kind}_{world}_{rank}.pt")
+
+
+def patience(rank: int, world: int, folder: Path, kind: str) -> None:
+    """The first process works for longer than the others wait in nnU-Net's group of processes."""
+    from nnunetv2_semi.distributed import on_first_process
+
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=5))
+    result = on_first_process(lambda: time.sleep(8) or "done")
+    torch.save(result, folder / f"{kind}_{world}_{rank}.pt")
+
+
 def training(rank: int, world: int, folder: Path, kind: str) -> None:
     """A whole training of a trainer on the phantom whose folders the environment names."""
     trainer = conftest_of(HERE).make_trainer(folder / "w", f"nnUNetTrainerSemi{kind}")
@@ -97,6 +125,6 @@ if __name__ == "__main__":
                                 timeout=timedelta(minutes=4))
     for work in works:
         what, kind = work.split(":")
-        {"steps": steps, "training": training}[what](rank, world, folder, kind)
+        {"steps": steps, "uneven": uneven, "training": training, "patience": patience}[what](rank, world, folder, kind)
     if world > 1:
         dist.destroy_process_group()

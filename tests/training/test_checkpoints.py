@@ -78,6 +78,18 @@ def test_restored_it_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert not torch.equal(weights(other), weights(trainer_after(3)))
 
 
+def test_a_training_that_goes_on_has_the_settings_of_now():
+    """The rate follows from its schedule; momentum and weight decay have none."""
+    trainer = trainer_after(3)
+    other = trainer_after(0)
+    for optimization in other.optimizations:
+        optimization.optimizer.param_groups[0].update(momentum=0.5, weight_decay=0.01)
+    checkpoints.restore(other, checkpoints.contents(trainer), "checkpoint.pth")
+    for before, now in zip(trainer.optimizations, other.optimizations, strict=True):
+        [before], [now] = before.optimizer.param_groups, now.optimizer.param_groups
+        assert (now["momentum"], now["weight_decay"], now["lr"]) == (0.5, 0.01, before["lr"])
+
+
 def test_the_deployed_network_is_where_nnunet_looks_and_all_else_under_one_key():
     trainer = trainer_after(2)
     written = checkpoints.contents(trainer)

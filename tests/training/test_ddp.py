@@ -20,8 +20,9 @@ def results(tools, tmp_path_factory, phantom_workspace):
     tools.set_semi(folder / "w", num_epochs=2, SemiCML={"prel_start": 0.5}, Mix={"unlabelled_foreground": 0.5})
     steps, trainings = ([(what, kind) for kind in kinds]
                         for what, kinds in (("steps", METHODS), ("training", TRAINERS)))
-    tools.run_workers([*steps, ("steps", "nan"), *trainings], 2, folder, folder / "w")
-    tools.run_workers(steps, 1, folder, folder / "w")
+    uneven = ("uneven", "dice")
+    tools.run_workers([*steps, uneven, ("steps", "nan"), *trainings, ("patience", "first")], 2, folder, folder / "w")
+    tools.run_workers([*steps, uneven], 1, folder, folder / "w")
     return folder
 
 
@@ -48,3 +49,16 @@ def test_a_whole_training_keeps_the_processes_together(tools, results, kind):
     assert bool(first["foreground"]) == (kind == "Mix")
     for case, voxels in first["foreground"].items():
         assert all(np.array_equal(rows, second["foreground"][case][label]) for label, rows in voxels.items())
+
+
+def test_processes_may_have_different_numbers_of_patches(results):
+    """nnU-Net's own gathering needs equally many: it hangs or fails."""
+    alone, first, second = (torch.load(results / f"dice_{name}.pt", weights_only=False)
+                            for name in ("1_0", "2_0", "2_1"))
+    assert torch.equal(first["value"], second["value"])
+    assert (first["value"] - alone["value"]).abs() < 1e-6
+    assert (torch.cat([first["gradient"], second["gradient"]]) - alone["gradient"]).abs().max() < 1e-7
+
+
+def test_processes_wait_for_the_first_one_however_long_it_works(results):
+    assert [torch.load(results / f"first_2_{rank}.pt", weights_only=False) for rank in (0, 1)] == ["done", "done"]

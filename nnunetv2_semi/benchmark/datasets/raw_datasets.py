@@ -52,11 +52,15 @@ def write_datasets(raw: str, datasets: Sequence[NewDataset]) -> None:
     """Write the data sets into the folder `raw`. They appear when all are complete, and not at all if this fails.
 
     Raises:
-        UserError: the folder cannot be written to, or holds neither symbolic nor hard links.
+        UserError: the folder cannot be written to, or holds neither symbolic nor hard links, or two files of a data
+            set have one name.
     """
     try:
         with ExitStack() as unfinished:
             for dataset in datasets:
+                # A copy onto a link would overwrite the original.
+                if twice := sorted(dataset.links.keys() & dataset.copies.keys()):
+                    raise UserError(f"{dataset.name} would get two files named {', '.join(twice)}.")
                 folder = unfinished.enter_context(whole_folder(os.path.join(raw, dataset.name)))
                 for files, write in ((dataset.links, make_link), (dataset.copies, shutil.copyfile)):
                     for name, original in files.items():

@@ -183,6 +183,11 @@ class SelfTraining:
         """Stability per case, and the cases to keep; in ``table`` too."""
         if table.is_file():
             scores = stability.read_scores(table)
+            if set(scores) != set(self.source.unlabelled):
+                changed = ", ".join(sorted(set(scores) ^ set(self.source.unlabelled)))
+                raise UserError(f"Other cases are unlabelled than when {table.parent} was made: {changed}. Begin anew "
+                                "with another --out, and remove this self-training's models and data sets, or train "
+                                "with a copy of the plans under another name.")
         else:
             rated = stability.stability_of_cases(final, others, self.files, self.start.structures,
                                                  self.start.reader, default_processes())

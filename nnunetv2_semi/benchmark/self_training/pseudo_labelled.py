@@ -33,6 +33,8 @@ def pseudo_labelled_dataset(
 ) -> str:
     """Name of the round's data set in nnUNet_raw; written unless one that was ``made_by`` the same is there.
 
+    One that is there must be of the same cases and stabilities: other ones are of another teacher, or other data.
+
     Args:
         source: The original data set; its dataset.json is the new one's too.
         round_number: From 1; a part of the name.
@@ -43,7 +45,8 @@ def pseudo_labelled_dataset(
         kept: Cases that become labelled.
 
     Raises:
-        UserError: No id is free, or nnUNet_raw cannot be written to.
+        UserError: No id is free, nnUNet_raw cannot be written to, or the data set that is there is of other cases or
+            stabilities.
     """
     raw = Path(source.folder).parent
     # Held until the new folder is there, so that two at a time do not find the same id free.
@@ -51,7 +54,13 @@ def pseudo_labelled_dataset(
         found = [file.parent.name for file in sorted(raw.glob(f"Dataset*/{RECORD}"))
                  if {**OPTION_DEFAULTS, **(read_json_object(str(file)) or {}).get("made_by", {})}
                  == {**OPTION_DEFAULTS, **made_by}]  # fmt: skip
+        content = {"labelled": sorted(source.labelled), "pseudo_labelled": sorted(kept),
+                   "unlabelled": sorted(set(source.unlabelled) - set(kept)), "stability": dict(scores)}
         if found:
+            there = read_json_object(str(raw / found[0] / RECORD)) or {}
+            if any(there.get(key) != value for key, value in content.items()):
+                raise UserError(f"{raw / found[0]} has the pseudo-labels of other predictions, or of other cases. "
+                                "Remove it, and the folders of that name in nnUNet_preprocessed and nnUNet_results.")
             return found[0]
         own = convert_dataset_name_to_id(source.name)
         ids = free_ids(own, 1)
@@ -60,10 +69,8 @@ def pseudo_labelled_dataset(
         name = f"Dataset{ids[0]:03d}_{source.name.split('_', 1)[-1]}_selftrain{round_number}"
         links, copies = _files(source, predictions, kept)
         record = {
-            "version": __version__, "made_by": made_by, "teachers": list(map(str, teachers)),
-            "labelled": sorted(source.labelled),
-            "pseudo_labelled": sorted(kept), "unlabelled": sorted(set(source.unlabelled) - set(kept)),
-            "stability": dict(scores), "links": links, "copies": copies,
+            "version": __version__, "made_by": made_by, "teachers": list(map(str, teachers)), **content,
+            "links": links, "copies": copies,
         }  # fmt: skip
         dataset_json = adapted_dataset_json(source.dataset_json, len(source.labelled) + len(kept))
         write_datasets(str(raw), [NewDataset(name, dataset_json, RECORD, record, links, copies)])

@@ -94,17 +94,31 @@ class Job:
     def plans_file(self) -> Path:
         return self.folders.preprocessed / self.dataset / f"{self.plans_name}.json"
 
+    @property
+    def base_plans_file(self) -> Path:
+        """The data set's plans."""
+        return self.folders.preprocessed / self.dataset / f"{self.plans}.json"
+
     def own_plans(self) -> dict:
         """The data set's plans with the settings of this training."""
-        base = self.folders.preprocessed / self.dataset / f"{self.plans}.json"
-        plans = json.loads(base.read_text(encoding="utf-8"))
+        plans = json.loads(self.base_plans_file.read_text(encoding="utf-8"))
         configuration = plans["configurations"][self.study.configuration]
-        merged: Mapping[str, object] = {"final_validation": False, **configuration.get("semi", {})}
+        merged: Mapping[str, object] = {"final_validation": False, **self._planned_settings(plans)}
         for settings in (self.study.settings, self.entry.settings, {"seed": self.seed}):
             merged = merged_settings(merged, settings)
         configuration["semi"] = merged
         plans["plans_name"] = self.plans_name
         return plans
+
+    def _planned_settings(self, plans: dict) -> dict:
+        """"semi" of the configuration, or of the one that it inherits from: of these nnU-Net takes the first whole."""
+        name = self.study.configuration
+        while name is not None:
+            configuration = plans["configurations"][name]
+            if "semi" in configuration:
+                return dict(configuration["semi"])
+            name = configuration.get("inherits_from")
+        return {}
 
     @property
     def model(self) -> Path:

@@ -16,7 +16,9 @@ from nnunetv2_semi.benchmark.study.comparability import (
 )
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job, jobs_of
 from nnunetv2_semi.benchmark.study.planned_data import (
+    check_data_unchanged,
     name_test_cases_in_training,
+    note_data,
     plan_and_preprocess,
     prepare_unlabelled_cases,
     write_split,
@@ -52,7 +54,7 @@ def prepare(study: Study) -> PreparedStudy:
 
     Raises:
         UserError: Something stands in the way of a training, trainings that are compared differ in what they should
-            not, or a finished one was made with other settings.
+            not, or a finished one was made with other settings or other data.
         CommandFailed: nnU-Net's planning or preprocessing failed.
     """
     jobs = list_jobs(study)
@@ -64,6 +66,8 @@ def prepare(study: Study) -> PreparedStudy:
     unlabelled = {name for name, its in by_dataset.items() if _check_trainers(its)}
     study.folder.mkdir(parents=True, exist_ok=True)
     source = None if study.plans_from is None else full_name(study.plans_from, jobs[0].folders.raw)
+    for its in by_dataset.values():
+        check_data_unchanged(its)
     for dataset in sorted(by_dataset, key=lambda name: name != source):
         plan_and_preprocess(study, dataset, jobs[0].plans, jobs[0].folders, source)
     check_unchanged(jobs)
@@ -76,6 +80,7 @@ def prepare(study: Study) -> PreparedStudy:
         name_test_cases_in_training(its[0])
         if dataset in unlabelled:
             prepare_unlabelled_cases(next(job for job in its if job.role != "upper bound"))
+        note_data(its[0])
     return PreparedStudy(study, jobs, {name: int(str(single["num_epochs"])) for name, single in facts.items()})
 
 
