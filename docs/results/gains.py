@@ -13,6 +13,7 @@ from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND  # noqa: E4
 
 HERE = Path(__file__).parent
 STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
+           "la2d": "left atrium, 4 of 64 labelled",
            "brats2d": "brain tumours, T1ce and T2, 3 of 9 labelled",
            "brats2d_four": "brain tumours, four modalities, 3 of 9 labelled",
            "busi64": "breast ultrasound, 64 of 456 labelled, all benign",

@@ -74,7 +74,8 @@ class Settings(BaseModel):
     arrangement: Literal["auto", "sequential", "one_pass"] = setting(
         "auto",
         '`"sequential"`: the forward passes of a step one after another, gradients accumulated (little memory); '
-        '`"one_pass"`: all at once (faster); `"auto"`: all at once if `planned_graphs` allows it (RCPS, MASS: as many as it allows)',
+        '`"one_pass"`: all at once (faster); `"auto"`: all at once if `planned_graphs` allows it (RCPS, MASS: as many '
+        "as it allows)",
     )
     planned_graphs: int = setting(
         1,
