@@ -103,6 +103,7 @@ def on_first_process(work: Callable[[], Result]) -> Result:
         return work()
     # In nnU-Net's own group those who wait for ten minutes would be stopped.
     patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(patient, dist.ProcessGroup)  # every process is in it
     outcome: list[object] = [None, None]
     if dist.get_rank() == 0:
         try:
