@@ -88,6 +88,28 @@ def test_one_labelled_case_makes_no_fold(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_splits_matter_to_trainings_of_folds_alone(tmp_path, monkeypatch):
+    now = {"imagesTr/a_0000.nii.gz": "1", "splits_final.json": "2"}
+    monkeypatch.setattr(planned_data, "_digests", lambda job: dict(now))
+    plans = tmp_path / "P.json"
+    plans.touch()
+
+    def begun(fold):
+        return SimpleNamespace(dataset="Dataset001_A", fold=fold, begun_with=lambda: "digest", folder="run",
+                               model="model", study=SimpleNamespace(folder=tmp_path), base_plans_file=plans)
+
+    planned_data.note_data(begun("all"))
+    now["splits_final.json"] = "3"
+    planned_data.check_data_unchanged([begun("all")])
+    with pytest.raises(UserError, match="changed since 2 trainings of the study began with it: splits_final.json"):
+        planned_data.check_data_unchanged([begun("all"), begun(0)])
+    del now["splits_final.json"]
+    planned_data.check_data_unchanged([begun("all")])
+    now["imagesTr/a_0000.nii.gz"] = "4"
+    with pytest.raises(UserError, match="imagesTr/a_0000.nii.gz"):
+        planned_data.check_data_unchanged([begun("all")])
+
+
 def test_more_trainings_than_cores_are_refused(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     with pytest.raises(UserError, match="3 trainings at a time on the CPU, but there are 2 cores"):

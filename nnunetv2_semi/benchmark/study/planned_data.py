@@ -23,6 +23,7 @@ from nnunetv2_semi.training.splits import NNUNET_FOLDS
 if TYPE_CHECKING:
     from nnunetv2_semi.data.file_contents import FileContent
 
+_SPLITS = "splits_final.json"
 EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
 
 
@@ -87,7 +88,7 @@ def write_split(study: Study, job: Job) -> None:
         UserError: There is no such fold.
     """
     folds = [fold for fold in study.folds if isinstance(fold, int)]
-    file = job.plans_file.parent / "splits_final.json"
+    file = job.plans_file.parent / _SPLITS
     if folds and not file.is_file():
         cases = job.labelled_cases()
         if len(cases) < 2:
@@ -139,7 +140,9 @@ def check_data_unchanged(jobs: Sequence[Job]) -> None:
     if not begun or before is None or not jobs[0].base_plans_file.is_file():
         return
     now = _digests(jobs[0])
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    # splits decide nothing for the fold "all", and may come, go or change
+    own = {*before, *now} - (set() if any(isinstance(job.fold, int) for job in begun) else {_SPLITS})
+    changed = sorted(name for name in own if before.get(name) != now.get(name))
     if changed:
         names = "\n  ".join(f"{job.folder}, model {job.model}" for job in begun[:5])
         raise UserError(f"{jobs[0].dataset} has changed since {len(begun)} trainings of the study began with it: "
@@ -165,9 +168,9 @@ def _digests(job: Job) -> dict[str, str]:
     contents = {**_contents(job, images), **_contents(job, labels, labels=True)}
     digests = {os.path.relpath(file, job.raw): digest([content.digest, content.spacing])
                for file, content in contents.items()}
-    splits = job.plans_file.parent / "splits_final.json"
-    if splits.is_file() and any(isinstance(fold, int) for fold in job.study.folds):
-        digests[splits.name] = digest(json.loads(splits.read_text(encoding="utf-8")))
+    splits = job.plans_file.parent / _SPLITS
+    if splits.is_file():
+        digests[_SPLITS] = digest(json.loads(splits.read_text(encoding="utf-8")))
     return digests
 
 
