@@ -26,7 +26,7 @@ from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.rows import Rows
-from nnunetv2_semi.methods.settings import settings_for_plan, settings_from_plan
+from nnunetv2_semi.methods.settings import sections_of_others, settings_for_plan, settings_from_plan
 from nnunetv2_semi.methods.supervised import Supervised
 from nnunetv2_semi.networks.gradient_checkpointing import checkpoint_stages
 from nnunetv2_semi.present_channels import present_modalities
@@ -65,8 +65,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             compat.let_processes_differ_in_patches()
         self.logger.local_logger = SemiLocalLogger()
         name = self.method_class.name
-        found = self.method_class.completed(settings_from_plan(
-            self.method_class.Settings, self.configuration_manager.configuration.get("semi", {}), name))
+        asked = self.configuration_manager.configuration.get("semi", {})
+        found = self.method_class.completed(settings_from_plan(self.method_class.Settings, asked, name))
         self.modalities = found.modalities or modalities_or_channels(dataset_json)
         self.domains = read_dataset_settings(dataset_json).domains
         self.settings = found.model_copy(update={"modalities": self.modalities,
@@ -77,6 +77,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.plans_manager = PlansManager(plans)
         self.configuration_manager = self.plans_manager.get_configuration(configuration)
         self.logger.update_config({"semi": {"method": name, **self.semi}})
+        if others := sections_of_others(asked, name):
+            self.print_to_log_file(f'Not used by {name}: the settings in {", ".join(others)} of "semi".')
 
         compat.take_over_settings(self, self.settings)
         compat.no_more_threads_than_cores(self.device)

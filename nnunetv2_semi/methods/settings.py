@@ -178,7 +178,7 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
     own = semi.get(section, {})
     if not isinstance(own, dict):
         raise UserError(f'Plans file, "semi": {section!r} must be an object with settings of {section}.')
-    others = [key for key, value in semi.items() if key not in (section, *names) and is_section(key, value)]
+    others = [key for key in sections_of_others(semi, section) if key not in names]
     if section not in semi:
         _refuse_misspelt(others, section)
     shared = {key: value for key, value in semi.items() if key not in (section, *others)}
@@ -216,6 +216,11 @@ def merged_settings(semi: Mapping[str, object], changes: Mapping[str, object]) -
 def is_section(key: str, value: object) -> bool:
     """Whether an entry of a ``"semi"`` object is the section of a method."""
     return isinstance(value, dict) and key[:1].isupper()
+
+
+def sections_of_others(semi: Mapping[str, object], section: str) -> list[str]:
+    """The sections of a ``"semi"`` object but the method's own, ``section``."""
+    return [key for key, value in semi.items() if key != section and is_section(key, value)]
 
 
 def paper_value(field: FieldInfo) -> object:

@@ -238,6 +238,12 @@ def test_an_unknown_setting_stops_at_once(tools, workspace):
         tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
 
 
+def test_log_names_the_settings_of_other_methods(tools, workspace):
+    tools.set_semi(workspace, CML={"prel": False}, MeanTeacher={"noise": 0.2})
+    written = Path(tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher").log_file).read_text()
+    assert 'Not used by MeanTeacher: the settings in CML of "semi".' in written
+
+
 def test_one_modality_stops_before_anything_is_built(tools, workspace):
     tools.set_semi(workspace, modalities={"both": [0, 1]})
     with pytest.raises(UserError, match="two or more modalities"):
