@@ -77,7 +77,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.plans_manager = PlansManager(plans)
         self.configuration_manager = self.plans_manager.get_configuration(configuration)
         self.logger.update_config({"semi": {"method": name, **self.semi}})
-        if others := sections_of_others(asked, name):
+        if others := sections_of_others(self.method_class.Settings, asked, name):
             self.print_to_log_file(f'Not used by {name}: the settings in {", ".join(others)} of "semi".')
 
         compat.take_over_settings(self, self.settings)

@@ -178,7 +178,7 @@ def settings_from_plan(cls: type[AnySettings], semi: object, section: str) -> An
     own = semi.get(section, {})
     if not isinstance(own, dict):
         raise UserError(f'Plans file, "semi": {section!r} must be an object with settings of {section}.')
-    others = [key for key in sections_of_others(semi, section) if key not in names]
+    others = sections_of_others(cls, semi, section)
     if section not in semi:
         _refuse_misspelt(others, section)
     shared = {key: value for key, value in semi.items() if key not in (section, *others)}
@@ -218,9 +218,9 @@ def is_section(key: str, value: object) -> bool:
     return isinstance(value, dict) and key[:1].isupper()
 
 
-def sections_of_others(semi: Mapping[str, object], section: str) -> list[str]:
-    """The sections of a ``"semi"`` object but the method's own, ``section``."""
-    return [key for key, value in semi.items() if key != section and is_section(key, value)]
+def sections_of_others(cls: type[Settings], semi: Mapping[str, object], section: str) -> list[str]:
+    """The sections of a ``"semi"`` object that the method ``section``, with the settings ``cls``, leaves alone."""
+    return [key for key, value in semi.items() if key not in (section, *cls.model_fields) and is_section(key, value)]
 
 
 def paper_value(field: FieldInfo) -> object:

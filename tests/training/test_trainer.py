@@ -24,8 +24,9 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerSemiCML", "nnUNetTrainerSemiRCPS", "nnUNetTrainerSemiCPS",
-                                  "nnUNetTrainerSemiBCP", "nnUNetTrainerSemiMix"])
+@pytest.mark.parametrize("name", ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiCML",
+                                  "nnUNetTrainerSemiRCPS", "nnUNetTrainerSemiCPS", "nnUNetTrainerSemiBCP",
+                                  "nnUNetTrainerSemiMix"])
 def test_continued_training_ends_with_the_same_weights(tools, workspace, name):
     tools.set_semi(workspace, num_epochs=4, SemiCML={"prel_start": 0.5}, RCPS={"buffer_steps": 2},
                    BCP={"pretrain_fraction": 0.3}, Mix={"unlabelled_foreground": 0.5})
