@@ -19,6 +19,7 @@ from nnunetv2_semi.data.labelled_comparison import (
 )
 from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
 from nnunetv2_semi.data.raw_checks import check_labelled_case_names
+from nnunetv2_semi.data.splits_file import splits_path
 from nnunetv2_semi.errors import UserError
 
 
@@ -98,7 +99,7 @@ def _check_grids(cases: Mapping[str, list[str]], images: Mapping[str, FileConten
 def disagreement_message(found: Comparison, raw_dataset_folder: str, folder: str, command: str) -> str:
     """Which cases differ, and how to mend it."""
     findings = found.findings()
-    splits = os.path.join(os.path.dirname(folder), "splits_final.json")
+    splits = splits_path(os.path.dirname(folder))
     named = [case for case in found.gone if os.path.isfile(splits) and f'"{case}"' in _text(splits)]
     in_splits = (
         f" {splits} names {shown(named)}: remove these cases there, or the file, of which nnU-Net then makes a new one "

@@ -16,7 +16,7 @@ from nnunetv2_semi.data.raw_cases import (
     list_unlabelled_cases,
     shown,
 )
-from nnunetv2_semi.data.splits_file import read_splits
+from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 
 
@@ -70,7 +70,7 @@ def check_not_in_splits(unlabelled: Iterable[str], preprocessed_dataset_folder: 
     Raises:
         UserError: names them all; or the file cannot be used.
     """
-    path = os.path.join(preprocessed_dataset_folder, "splits_final.json")
+    path = splits_path(preprocessed_dataset_folder)
     if os.path.isfile(path):
         named = {case for split in read_splits(path) for cases in split.values() for case in cases}
         shared = sorted(named & set(unlabelled))

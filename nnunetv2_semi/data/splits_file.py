@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 
 from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.errors import UserError
 
+SPLITS_FILE = "splits_final.json"
 PARTS = ("train", "val")
 _FORM = '[{"train": ["case_1", "case_2"], "val": ["case_3"]}, ...], one object for each fold'
 _REMEDY = ("Correct the file; or remove it: a new one is made at the next training, and folds that are trained already "
            "then have other validation cases")
+
+
+def splits_path(preprocessed_dataset_folder: str | os.PathLike[str]) -> str:
+    """Where nnU-Net keeps a data set's folds: in its folder of preprocessed data."""
+    return os.path.join(preprocessed_dataset_folder, SPLITS_FILE)
 
 
 def read_splits(path: str) -> list[dict[str, list[str]]]:

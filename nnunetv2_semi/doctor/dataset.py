@@ -30,7 +30,7 @@ from nnunetv2_semi.data.raw_cases import (
     naming_rule,
     resource_forks,
 )
-from nnunetv2_semi.data.splits_file import check_splits, read_splits
+from nnunetv2_semi.data.splits_file import check_splits, read_splits, splits_path
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.doctor.images import check_images
 from nnunetv2_semi.doctor.preprocessed import plans_of
@@ -152,7 +152,7 @@ def _check_names(cases: Iterable[str], where: str, dataset_name: str, dataset_js
 
 def _check_splits(dataset_name: str, labelled: Iterable[str]) -> Iterator[Check]:
     """Of the folds that nnU-Net would take from splits_final.json; a fold without any case is not meant for use."""
-    path = os.path.join(os.environ.get("nnUNet_preprocessed", ""), dataset_name, "splits_final.json")
+    path = splits_path(os.path.join(os.environ.get("nnUNet_preprocessed", ""), dataset_name))
     if not os.path.isfile(path):
         return
     try:

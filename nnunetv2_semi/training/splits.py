@@ -9,7 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import write_json_whole
-from nnunetv2_semi.data.splits_file import check_splits, read_splits
+from nnunetv2_semi.data.splits_file import check_splits, read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 
 NNUNET_FOLDS = 5
@@ -23,7 +23,7 @@ def prepare_split(trainer: nnUNetTrainer) -> None:
     """
     if trainer.fold == "all":
         return
-    path = os.path.join(trainer.preprocessed_dataset_folder_base, "splits_final.json")
+    path = splits_path(trainer.preprocessed_dataset_folder_base)
     if not os.path.isfile(path):
         _write_small_split(trainer, path)
         return

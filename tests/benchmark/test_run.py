@@ -251,8 +251,12 @@ def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(plann
     prepare(read_study(planned / "folds.yaml"))
     assert len(json.loads(split.read_text())) == 3  # three labelled cases
     (planned / "folds.yaml").write_text(STUDY + "folds: [3]\n")
+    study = read_study(planned / "folds.yaml")
     with pytest.raises(UserError, match="has 3 folds.*asks for 3"):
-        prepare(read_study(planned / "folds.yaml"))
+        planned_data.write_split(study, list_jobs(study)[0])
+    split.write_text("[{")
+    with pytest.raises(UserError, match="splits_final.json is not valid JSON.*Correct the file; or remove it"):
+        planned_data.write_split(study, list_jobs(study)[0])
     split.unlink()
 
 

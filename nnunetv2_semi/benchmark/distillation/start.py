@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.case_channels import channels_by_name
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
+from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.distillation import Distillation
 from nnunetv2_semi.methods.settings import merged_settings, settings_from_plan
@@ -73,7 +73,7 @@ class Start:
         if self.fold == ALL:
             what, cases = "test cases", self.source.test
         else:
-            split = json.loads((self.preprocessed / "splits_final.json").read_text(encoding="utf-8"))[int(self.fold)]
+            split = read_splits(splits_path(self.preprocessed))[int(self.fold)]
             what = f"validation cases of fold {self.fold}"
             cases = {name: self.source.labelled[name] for name in sorted(split["val"])}
         if self.channels is None:

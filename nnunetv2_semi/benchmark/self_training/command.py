@@ -21,6 +21,7 @@ from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
+from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_exit_status_of, prediction_options
 from nnunetv2_semi.processes.pool import default_processes, processes_to_read
@@ -208,12 +209,12 @@ class SelfTraining:
         for file in (raw / "dataset.json", original / "dataset_fingerprint.json"):
             write_json_whole(str(folder / file.name), read_json_object(str(file)) or {})
         if isinstance(self.options.fold, int):
-            split = json.loads((original / "splits_final.json").read_text(encoding="utf-8"))[self.options.fold]
+            split = read_splits(splits_path(original))[self.options.fold]
             added = json.loads((raw / RECORD).read_text(encoding="utf-8"))["pseudo_labelled"]
             # The teacher has seen the validation cases of the other folds: these cannot be trained here.
             others: list[dict[str, list[str]]] = [{"train": [], "val": []} for _ in range(self.options.fold)]
             own = {"train": [*split["train"], *added], "val": split["val"]}
-            write_json_whole(str(folder / "splits_final.json"), [*others, own])
+            write_json_whole(splits_path(folder), [*others, own])
         run_shown(["nnUNetv2_preprocess", "-d", str(int(dataset[7:10])), "-plans_name", self.options.plans_name, "-c",
                    self.options.configuration, "-np", str(default_processes())],
                   self.device, self.out / f"preprocess_{dataset}.log", Progress())

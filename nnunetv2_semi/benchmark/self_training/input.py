@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates
 from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
+from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
 from nnunetv2_semi.processes.pool import default_processes
@@ -247,9 +248,9 @@ def _check_snapshots(options: Options, num_epochs: int) -> None:
 def _check_fold(fold: int | str, preprocessed: Path, labelled: int) -> None:
     if fold == "all":
         return
-    file = preprocessed / "splits_final.json"
+    file = splits_path(preprocessed)
     made = min(NNUNET_FOLDS, labelled) if labelled > 1 else 0
-    folds = len(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else made
+    folds = len(read_splits(file)) if os.path.isfile(file) else made
     if int(fold) >= folds:
         raise UserError(f"There are {folds} folds of {preprocessed.name}, so there is no fold {fold}. Train with -f "
                         f"all, or write your own splits to {file}.")

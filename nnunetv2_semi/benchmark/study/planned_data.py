@@ -15,6 +15,7 @@ from nnunetv2_semi.benchmark.study.jobs import Folders, Job, digest
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.dataset_json import read_dataset_json
+from nnunetv2_semi.data.splits_file import SPLITS_FILE, read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
 from nnunetv2_semi.processes.pool import default_processes
@@ -23,7 +24,6 @@ from nnunetv2_semi.training.splits import NNUNET_FOLDS
 if TYPE_CHECKING:
     from nnunetv2_semi.data.file_contents import FileContent
 
-_SPLITS = "splits_final.json"
 EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
 
 
@@ -88,13 +88,13 @@ def write_split(study: Study, job: Job) -> None:
         UserError: There is no such fold.
     """
     folds = [fold for fold in study.folds if isinstance(fold, int)]
-    file = job.plans_file.parent / _SPLITS
-    if folds and not file.is_file():
+    file = splits_path(job.plans_file.parent)
+    if folds and not os.path.isfile(file):
         cases = job.labelled_cases()
         if len(cases) < 2:
             raise UserError(f"{job.dataset} has {len(cases)} labelled case: use folds: [all].")
-        write_json_whole(str(file), compat.crossval_split(cases, min(NNUNET_FOLDS, len(cases))))
-    count = len(json.loads(file.read_text(encoding="utf-8"))) if folds else 0
+        write_json_whole(file, compat.crossval_split(cases, min(NNUNET_FOLDS, len(cases))))
+    count = len(read_splits(file)) if folds else 0
     if any(fold >= count for fold in folds):
         raise UserError(f"{file} has {count} folds, from 0 to {count - 1}; the study asks for {max(folds)}.")
 
@@ -141,7 +141,7 @@ def check_data_unchanged(jobs: Sequence[Job]) -> None:
         return
     now = _digests(jobs[0])
     # splits decide nothing for the fold "all", and may come, go or change
-    own = {*before, *now} - (set() if any(isinstance(job.fold, int) for job in begun) else {_SPLITS})
+    own = {*before, *now} - (set() if any(isinstance(job.fold, int) for job in begun) else {SPLITS_FILE})
     changed = sorted(name for name in own if before.get(name) != now.get(name))
     if changed:
         names = "\n  ".join(f"{job.folder}, model {job.model}" for job in begun[:5])
@@ -168,9 +168,9 @@ def _digests(job: Job) -> dict[str, str]:
     contents = {**_contents(job, images), **_contents(job, labels, labels=True)}
     digests = {os.path.relpath(file, job.raw): digest([content.digest, content.spacing])
                for file, content in contents.items()}
-    splits = job.plans_file.parent / _SPLITS
+    splits = job.plans_file.parent / SPLITS_FILE
     if splits.is_file():
-        digests[_SPLITS] = digest(json.loads(splits.read_text(encoding="utf-8")))
+        digests[SPLITS_FILE] = digest(read_splits(str(splits)))
     return digests
 
 
