@@ -18,7 +18,7 @@ ELASTIX = ["itk-elastix>=0.20"]
 FOUNDATION = ["transformers>=5", "safetensors"]
 ONNX = ["onnx>=1.16", "onnxruntime>=1.17"]
 # Second libraries for metrics; stubs for mypy.
-TEST = ["pytest>=8", "pytest-xdist", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
+TEST = ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.6", "mypy>=1.10", "medpy", "surface-distance", "types-PyYAML"]
 
 
 class EditableWheelWithoutNnunet(editable_wheel):

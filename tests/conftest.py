@@ -189,5 +189,11 @@ def dataset(healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return Path(shutil.copytree(healthy, tmp_path / "nnUNet_raw" / healthy.name))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole trainings first: begun last, one would keep one process busy while the others wait."""
+    long = {item.path for item in items if item.get_closest_marker("e2e") or "training" in item.path.parts}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_report_header() -> str:
     return f"nnunetv2_semi under test: {Path(nnunetv2_semi.__file__).parent}"
