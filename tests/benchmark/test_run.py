@@ -35,7 +35,6 @@ class nnUNetTrainerThatFails(nnUNetTrainerSemiStock):
     def train_step(self, batch):
         raise RuntimeError("on purpose")
 '''
-MEAN_TEACHER, FAILS = "  - nnUNetTrainerSemiMeanTeacher\n", "  - nnUNetTrainerThatFails\n"
 STUDY = """
 datasets: [1]
 trainers:
@@ -48,6 +47,12 @@ test_time_mirroring: false
 settings: {num_epochs: 4, num_iterations_per_epoch: 1, num_val_iterations_per_epoch: 1, save_every: 1, pictures: 0}
 cluster: {executor: local, device: cpu, timeout_min: 10}
 """
+
+
+def study_without(*trainers: str) -> str:
+    """The study above, all but these of its trainers."""
+    left_out = {f"  - {trainer}\n" for trainer in trainers}
+    return "".join(line for line in STUDY.splitlines(keepends=True) if line not in left_out)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +126,7 @@ def processes_of(workspace: Path) -> list[str]:
 @pytest.mark.e2e
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monkeypatch, capsys, run_in_this_process):
-    two_trainers = STUDY.replace(MEAN_TEACHER, "")
+    two_trainers = study_without("nnUNetTrainerSemiMeanTeacher")
     (workspace / "study.yaml").write_text(two_trainers)
     logs = workspace / "study" / "runs"
     killed = start(workspace, "run", "study.yaml", "--devices", "cpu")
@@ -184,8 +189,8 @@ def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monke
 @pytest.mark.e2e
 def test_on_a_cluster(workspace):
     pytest.importorskip("submitit")
-    (workspace / "clustered.yaml").write_text(STUDY.replace("  - nnUNetTrainerSemiSupervised\n", "").replace(
-        FAILS, "").replace("num_epochs: 4", "num_epochs: 1") + "control: MeanTeacher\n")
+    one_trainer = study_without("nnUNetTrainerSemiSupervised", "nnUNetTrainerThatFails") + "control: MeanTeacher\n"
+    (workspace / "clustered.yaml").write_text(one_trainer.replace("num_epochs: 4", "num_epochs: 1"))
     code, text = output_of(workspace, "run", "clustered.yaml", "--cluster")
     assert code == 0 and "1 of 1 trainings finished" in text, text
     folder = next((workspace / "clustered" / "runs").iterdir())
@@ -254,7 +259,7 @@ def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(plann
     (planned / "folds.yaml").write_text(STUDY + "folds: [3]\n")
     study = read_study(planned / "folds.yaml")
     with pytest.raises(UserError, match="has 3 folds.*asks for 3"):
-        planned_data.write_split(study, list_jobs(study)[0])
+        prepare(study)
     split.write_text("[{")
     with pytest.raises(UserError, match="splits_final.json is not valid JSON.*Correct the file; or remove it"):
         planned_data.write_split(study, list_jobs(study)[0])

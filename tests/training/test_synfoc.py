@@ -108,8 +108,8 @@ def test_killed_and_continued_it_ends_with_the_same_weights(trained, tools, tmp_
 @pytest.mark.e2e
 def test_predicted_exported_and_predicted_without_the_package_and_the_extra(trained, tools, tmp_path):
     images = next((trained / "nnUNet_raw").glob("Dataset001_*")) / "imagesTs"
-    tools.call(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "with"), *MODEL, "-f", "0",
-               *tools.on_cpu, *tools.one_process)
+    tools.run(trained, "nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path / "with"), *MODEL, "-f", "0",
+              *tools.on_cpu, *tools.processes)
     tools.call(trained, "nnunetv2_semi", "export", *MODEL, "-o", str(tmp_path / "exported"))
     tools.predict_without_this_package(trained, [(images, tmp_path / "alone", tmp_path / "exported")])
     prediction, = (tmp_path / "alone").glob("*.nii.gz")

@@ -168,9 +168,9 @@ def _digests(job: Job) -> dict[str, str]:
     contents = {**_contents(job, images), **_contents(job, labels, labels=True)}
     digests = {os.path.relpath(file, job.raw): digest([content.digest, content.spacing])
                for file, content in contents.items()}
-    splits = job.plans_file.parent / SPLITS_FILE
-    if splits.is_file():
-        digests[SPLITS_FILE] = digest(read_splits(str(splits)))
+    splits = splits_path(job.plans_file.parent)
+    if os.path.isfile(splits):
+        digests[SPLITS_FILE] = digest(read_splits(splits))
     return digests
 
 
