@@ -54,27 +54,27 @@ def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, 
     Raises:
         UserError: dataset.json has mistakes, there is no label, or one cannot be read.
     """
-    import numpy as np
     from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
     from nnunetv2_semi.data.dataset_json import read_dataset_json
     from nnunetv2_semi.data.file_contents import name_of_reader
     from nnunetv2_semi.data.label_files import label_files
-    from nnunetv2_semi.data.largest_component import number_of_components
+    from nnunetv2_semi.data.largest_component import numbers_of_components
 
     dataset_json = read_dataset_json(os.path.join(raw_dataset_folder, "dataset.json"))
     files = list(label_files(raw_dataset_folder, dataset_json).values())
     if not files:
         raise UserError(f"There are no labelled cases in {raw_dataset_folder}.")
     reader = recursive_find_reader_writer_by_name(name_of_reader(dataset_json, files[0]))()
-    counts: dict[str, list[int]] = {name: [] for name in dataset_json["labels"] if name not in ("background", "ignore")}
-    values = {name: dataset_json["labels"][name] for name in counts}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
+    classes = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    most = dict.fromkeys(classes, 0)
     for file in files:
         try:
             segmentation = reader.read_seg(file)[0][0]
         except Exception as error:  # readers raise whatever their libraries do
             raise UserError(f"{file} cannot be read: {one_line(error)}") from error
-        for name, value in values.items():
-            counts[name].append(number_of_components(np.isin(segmentation, value)))
-    return {name: values[name] for name, found in counts.items() if max(found) == 1}
+        for name, count in numbers_of_components(segmentation, classes).items():
+            most[name] = max(most[name], count)
+    return {name: values[name] for name, count in most.items() if count == 1}

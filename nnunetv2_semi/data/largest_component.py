@@ -1,32 +1,48 @@
-"""Label maps without islands."""
+"""Connected components of labels: how many there are, and label maps without islands."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+Name = TypeVar("Name")
 
-def largest_components(labels: torch.Tensor) -> torch.Tensor:
-    """``labels`` (B, C, *spatial), integers, without the islands of each label above 0 in each channel of a patch: they
-    become 0.
 
-    The largest component stays, of several of the same size the first one; and those that touch the border of the
-    patch, beyond which they may be connected with it. Voxels that share a corner are connected. Done on the CPU.
+def largest_components(labels: torch.Tensor, classes: Collection[tuple[int, int]] | None = None) -> torch.Tensor:
+    """``labels`` (B, C, *spatial), integers, without islands: they become 0.
+
+    Of each of ``classes``, (channel, label above 0), the largest component stays, of several of the same size the first
+    one; and those that touch the border of the patch, beyond which they may be connected with it. None: of all. Voxels
+    that share a corner are connected. Done on the CPU.
     """
     given = labels.to(torch.int16).cpu().numpy()
-    kept = np.zeros_like(given)
-    channels = (given.shape[0] * given.shape[1], *given.shape[2:])
-    for channel, result in zip(given.reshape(channels), kept.reshape(channels), strict=True):
-        for label, box in enumerate(ndimage.find_objects(channel), 1):
-            if box is not None:
-                result[box][_without_islands(channel[box] == label, box, channel.shape)] = label
+    kept = given.copy()
+    for patch, result in zip(given, kept, strict=True):
+        for index, channel in enumerate(patch):
+            for label, box in enumerate(ndimage.find_objects(channel), 1):
+                if box is not None and (classes is None or (index, label) in classes):
+                    mask = channel[box] == label
+                    result[index][box][mask & ~_without_islands(mask, box, channel.shape)] = 0
     return torch.from_numpy(kept).to(labels)
 
 
-def number_of_components(mask: np.ndarray) -> int:
-    """How many connected components a mask has; voxels that share a corner are connected."""
-    return _components(mask)[1]
+def numbers_of_components(labels: np.ndarray, classes: Mapping[Name, Sequence[int]]) -> dict[Name, int]:
+    """How many connected components each of ``classes`` has, given as the labels that belong to it.
+
+    ``labels``: (*spatial), whole numbers; those below 1 belong to none. Voxels that share a corner are connected.
+    """
+    boxes = ndimage.find_objects(labels.astype(np.int32))
+    counts = {}
+    for name, members in classes.items():
+        own = [boxes[label - 1] for label in members if 0 < label <= len(boxes) and boxes[label - 1] is not None]
+        box = tuple(slice(min(side.start for side in sides), max(side.stop for side in sides))
+                    for sides in zip(*own, strict=True))
+        counts[name] = _components(np.isin(labels[box], members))[1] if own else 0
+    return counts
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:

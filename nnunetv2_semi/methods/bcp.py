@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from nnunetv2_semi.data.boxes import Boxes
-from nnunetv2_semi.data.largest_component import largest_components
 from nnunetv2_semi.losses.deep_supervision import summed_over_scales
 from nnunetv2_semi.losses.hard_labels import hard_labels, known_labels, nearest
 from nnunetv2_semi.losses.masked_dice_ce import masked_dice_ce
 from nnunetv2_semi.losses.predictions import Logits, all_scales, probabilities
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Context, Term
+from nnunetv2_semi.methods.islands import Islands
 from nnunetv2_semi.methods.mixing import paste, same_channels
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting
@@ -53,7 +53,7 @@ class BCPSettings(BaseSettings):
     largest_component: bool | None = setting(
         None,
         "of each class in a pseudo-label only the largest component stays, and what the border of the patch cuts; "
-        "`null`: where every labelled training case has one component of each class",
+        "`null`: of classes that are one component in every labelled training case",
         paper=True,
     )
     ema_decay: float | None = setting(None, "of the teacher, as in Mean Teacher", at_least=0, at_most=1, paper=0.99)
@@ -85,12 +85,15 @@ class BCP(Method):
     def __init__(self, student: nn.Module, settings: BCPSettings, context: Context) -> None:
         super().__init__(student, settings, context)
         self.teacher = EMATeacher(student, settings.teacher_decay(settings.ema_decay))
-        self._keeps_largest = context.keeps_largest_component(settings.largest_component)
+        self._islands = Islands(settings.largest_component, context)
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
         assert isinstance(settings, BCPSettings)
         return 2 + settings.plain_labelled
+
+    def notes(self) -> list[str]:
+        return [*super().notes(), self._islands.note()]
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         if not self._pretraining() and self.teacher.updates == 0:
@@ -150,7 +153,7 @@ class BCP(Method):
 
     def _pseudo_labels(self, image: torch.Tensor) -> torch.Tensor:
         labels, _ = hard_labels(probabilities(self.teacher(image), self.context.regions), self.context.regions)
-        return largest_components(labels) if self._keeps_largest else labels
+        return self._islands.removed_from(labels)
 
     def _at_all_scales(self, outputs: list[torch.Tensor], labels: list[torch.Tensor],
                        counted: list[torch.Tensor]) -> torch.Tensor:

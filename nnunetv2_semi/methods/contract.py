@@ -60,8 +60,9 @@ class Context:
     training_cases: the fold's labelled training cases, in alphabetical order, read one by one. mirror_axes: spatial
     axes of a patch that may be mirrored, from 0. rotation: nnU-Net's largest angle about each axis, radians.
     turned_in_plane: in 3D nnU-Net turns and scales patches within the last two axes alone.
-    single_components: whether each foreground label is one connected component in every labelled training case that
-    has it (in 2D in every slice); reads their labels.
+    connected_classes: foreground labels, as (0, label), or regions, as (region from 0, 1), that are one connected
+    component in every labelled training case (in 2D in every slice) that has them, and that some case has; reads their
+    labels.
     """
 
     supervised_loss: Callable[[Logits, Target], torch.Tensor]
@@ -80,8 +81,4 @@ class Context:
     mirror_axes: tuple[int, ...]
     rotation: float
     turned_in_plane: bool
-    single_components: Callable[[], bool]
-
-    def keeps_largest_component(self, setting: bool | None) -> bool:
-        """Whether a method keeps only the largest component of pseudo-labels; None: where labels have one of each."""
-        return self.single_components() if setting is None else setting
+    connected_classes: Callable[[], frozenset[tuple[int, int]]]

@@ -17,11 +17,11 @@ from torch import nn
 
 from nnunetv2_semi.data.affine_views import AffineViews
 from nnunetv2_semi.data.flips import Flips
-from nnunetv2_semi.data.largest_component import largest_components
 from nnunetv2_semi.losses.hard_labels import hard_labels
 from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Context, Term
+from nnunetv2_semi.methods.islands import Islands
 from nnunetv2_semi.methods.mixing import boxes_to_paste, labelled_partners, paste
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, intensity_view
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
@@ -60,9 +60,9 @@ class MixSettings(PerturbationSettings, SupervisedSettings):
         "`\"affine\"`: turn and scale them too, by nnU-Net's angles and 0.7 to 1.4",
     )
     largest_component: bool | None = setting(
-        False,
-        "keep only this of each class of a pseudo-label, and what the border of the patch cuts; `null`: where every "
-        "labelled training case has one component of each",
+        None,
+        "of each class in a pseudo-label only the largest component stays, and what the border of the patch cuts; "
+        "`null`: of classes that are one component in every labelled training case",
     )
     ema_decay: float | None = setting(
         None,
@@ -91,12 +91,15 @@ class Mix(Method):
     def __init__(self, student: nn.Module, settings: MixSettings, context: Context) -> None:
         super().__init__(student, settings, context)
         self.teacher = EMATeacher(student, settings.teacher_decay(settings.ema_decay))
-        self._keeps_largest = context.keeps_largest_component(settings.largest_component)
+        self._islands = Islands(settings.largest_component, context)
 
     @classmethod
     def graphs(cls, settings: BaseSettings) -> int:
         assert isinstance(settings, MixSettings)
         return 2 + (settings.labelled_mixing > 0)
+
+    def notes(self) -> list[str]:
+        return [*super().notes(), self._islands.note()]
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         settings = self.settings
@@ -131,8 +134,7 @@ class Mix(Method):
         counted = self._counted(labels, confidence)
         self.metrics["unlabelled_voxels_used"] = counted.float().mean()
         self.metrics["confident_foreground"] = _share_of_foreground(labels, counted)
-        if self._keeps_largest:
-            labels = largest_components(labels)
+        labels = self._islands.removed_from(labels)
         image, labels, counted = self._mixed(batch, batch.unlabelled, labels, counted)
         image = intensity_view(image, settings)
         if settings.spatial_view != "none":

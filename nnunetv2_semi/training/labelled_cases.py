@@ -11,7 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi.data.case_channels import CaseChannels
-from nnunetv2_semi.data.largest_component import number_of_components
+from nnunetv2_semi.data.largest_component import numbers_of_components
 from nnunetv2_semi.methods.contract import WholeCase
 from nnunetv2_semi.present_channels import fill_absent, present_modalities
 
@@ -40,16 +40,21 @@ def whole_training_cases(trainer: nnUNetTrainer, modalities: Mapping[str, Sequen
         yield WholeCase(name, fill_absent(sample["image"], present[0]), sample["segmentation"], own)
 
 
-def single_components(trainer: nnUNetTrainer) -> bool:
-    """See ``Context.single_components``."""
+def connected_classes(trainer: nnUNetTrainer) -> frozenset[tuple[int, int]]:
+    """See ``Context.connected_classes``."""
     names = sorted(trainer.do_split()[0])
     dataset = infer_dataset_class(trainer.preprocessed_dataset_folder)(trainer.preprocessed_dataset_folder, names)
     labels, slices = trainer.label_manager, len(trainer.configuration_manager.patch_size) == 2
-    classes = [region if isinstance(region, (tuple, list)) else (region,) for region in
-               (labels.foreground_regions if labels.has_regions else labels.foreground_labels)]
+    if labels.has_regions:
+        classes = {(channel, 1): region if isinstance(region, (tuple, list)) else (region,)
+                   for channel, region in enumerate(labels.foreground_regions)}
+    else:
+        classes = {(0, label): (label,) for label in labels.foreground_labels}
+    most = dict.fromkeys(classes, 0)
     for name in names:
         segmentation = np.asarray(dataset.load_case(name)[1][:])[0]
         for single in segmentation if slices else [segmentation]:
-            if any(number_of_components(np.isin(single, members)) > 1 for members in classes):
-                return False
-    return True
+            for key, count in numbers_of_components(single, classes).items():
+                most[key] = max(most[key], count)
+        classes = {key: members for key, members in classes.items() if most[key] <= 1}
+    return frozenset(key for key, count in most.items() if count == 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semi.data.largest_component import largest_components, number_of_components
+from nnunetv2_semi.data.largest_component import largest_components, numbers_of_components
 
 
 def flooded(mask, start):
@@ -58,18 +58,34 @@ def test_what_the_border_of_the_patch_cuts_into_two_stays():
     assert kept[0, 0, :, :9].sum() == labels[0, 0, :, :9].sum() and kept[0, 0, 6, 10] == 0
 
 
+def test_only_of_the_classes_that_are_asked_for():
+    labels = torch.zeros(1, 2, 7, 7, dtype=torch.long)
+    labels[..., 1:3, 1], labels[..., 5, 5], labels[..., 1:3, 4], labels[..., 5, 2] = 1, 1, 2, 2
+    kept = largest_components(labels, {(0, 2), (1, 1)})
+    assert [[(channel == label).sum().item() for label in (1, 2)] for channel in kept[0]] == [[3, 2], [2, 3]]
+    assert torch.equal(largest_components(labels, set()), labels)
+
+
 @pytest.mark.parametrize("shape", [(9, 11), (5, 6, 7)])
 @pytest.mark.parametrize("share", [0.05, 0.2, 1.0])
 def test_components_are_counted(shape, share):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
-    unseen, count = {tuple(voxel) for voxel in mask.nonzero().tolist()}, 0
-    while unseen:
-        unseen -= flooded(mask, next(iter(unseen)))
-        count += 1
-    assert number_of_components(mask.numpy()) == count
+    torch.manual_seed(0)
+    labels = torch.randint(1, 4, shape)
+    labels[torch.rand(shape) >= share] = 0
+    labels[torch.rand(shape) < 0.1] = -1
+    classes = {"one": (1,), "two": (2,), "both": (1, 2), "none": (7,), "all": (3, 2, 1)}
+    counts = dict.fromkeys(classes, 0)
+    for name, members in classes.items():
+        mask = sum(labels == label for label in members) > 0
+        unseen = {tuple(voxel) for voxel in mask.nonzero().tolist()}
+        while unseen:
+            unseen -= flooded(mask, next(iter(unseen)))
+            counts[name] += 1
+    assert numbers_of_components(labels.numpy(), classes) == counts and counts["none"] == 0
 
 
 def test_voxels_that_share_a_corner_are_one_component_and_nothing_is_none():
-    assert number_of_components(np.eye(4, dtype=bool)) == 1
-    assert number_of_components(np.zeros((4, 4, 4), dtype=bool)) == 0
-    assert number_of_components(np.diag([True, False, True])) == 2
+    classes = {1: (1,)}
+    assert numbers_of_components(np.eye(4, dtype=np.int16), classes) == {1: 1}
+    assert numbers_of_components(np.zeros((4, 4, 4), dtype=np.uint8), classes) == {1: 0}
+    assert numbers_of_components(np.diag([1.0, 0.0, 1.0]), classes) == {1: 2}

@@ -14,10 +14,10 @@ PAPER = {"plain_labelled": False, "seg_loss": "paper"}
 
 
 def make(small, progress=0.5, regions=False, ignore_label=None, deep_supervision=False, one_pass=False,
-         single_components=True, **settings):
+         connected_classes=(), **settings):
     torch.manual_seed(1)
     context = small.context(regions=regions, ignore_label=ignore_label, deep_supervision=deep_supervision,
-                            one_pass=one_pass, single_components=single_components)
+                            one_pass=one_pass, connected_classes=connected_classes)
     method = BCP(small.network(2, 3, 2, deep_supervision), BCPSettings(**settings), context)
     method.progress = progress
     return method
@@ -192,22 +192,27 @@ def test_the_teacher_begins_as_the_pretrained_student(small, deploy):
     assert method.deployable() is (method.student if deploy == "student" else method.teacher.network)
 
 
-def test_the_largest_component_of_the_teachers_label_is_what_teaches(small, monkeypatch):
-    islands = torch.zeros(2, 1, 8, 8, dtype=torch.long)
-    islands[:, :, :2, :2], islands[:, :, 5, 5] = 1, 1
+@pytest.mark.parametrize("regions, connected", [(False, (0, 1)), (True, (1, 1))])
+def test_the_largest_component_of_the_teachers_label_is_what_teaches(small, monkeypatch, regions, connected):
+    islands = torch.zeros(2, 1 + regions, 8, 8, dtype=torch.long)
+    islands[..., :2, :2], islands[..., 5, 5] = 1, 1
     monkeypatch.setattr("nnunetv2_semi.methods.bcp.hard_labels", lambda *_: (islands, None))
-    batch = small.batch(dims=2)
-    for largest_component, single_components, keeps in ((True, False, True), (False, True, False),
-                                                        (None, True, True), (None, False, False)):
-        method = make(small, single_components=single_components, largest_component=largest_component)
+    batch = small.batch(dims=2, regions=regions)
+    for setting, classes, voxels, which in (
+            (True, (), 4, "every {}"), (False, [connected], 5, "no {}"), (None, (), 5, "no {}"),
+            (None, [connected], 4, f"{{}} {connected[0] + 1} (connected in every labelled training case)")):
+        method = make(small, regions=regions, connected_classes=classes, largest_component=setting)
         labels = method._pseudo_labels(batch.unlabelled)
-        assert labels.flatten(1).sum(1).tolist() == ([4, 4] if keeps else [5, 5])
+        assert labels[:, connected[0]].sum((1, 2)).tolist() == [voxels] * 2
+        assert not regions or labels[:, 0].sum((1, 2)).tolist() == [4 if setting else 5] * 2
+        which = which.format("region" if regions else "label")
+        assert method.notes() == [f"Islands are removed from pseudo-labels of {which}."]
 
 
 @pytest.mark.parametrize("largest_component, reads", [(True, 0), (False, 0), (None, 1)])
 def test_labels_are_read_for_their_components_only_where_the_setting_leaves_it_open(small, largest_component, reads):
     read: list[bool] = []
-    context = replace(small.context(), single_components=lambda: read.append(True) or True)
+    context = replace(small.context(), connected_classes=lambda: read.append(True) or frozenset())
     BCP(small.network(2, 3, 2), BCPSettings(largest_component=largest_component), context)
     assert len(read) == reads
 

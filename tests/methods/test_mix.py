@@ -19,10 +19,10 @@ SAME_INTENSITIES = {"view_gamma": 0.0, "view_scale": 0.0, "view_shift": 0.0, "vi
 
 
 def make(small, cls=Mix, progress=0.5, channels=2, dims=2, regions=False, ignore_label=None, deep_supervision=False,
-         one_pass=False, mirror_axes=(0, 1), single_components=True, turned_in_plane=False, **settings):
+         one_pass=False, mirror_axes=(0, 1), connected_classes=(), turned_in_plane=False, **settings):
     torch.manual_seed(1)
     context = small.context(channels, regions, ignore_label, one_pass, deep_supervision, (3.0, 1.0, 1.0)[-dims:],
-                            mirror_axes=mirror_axes, single_components=single_components,
+                            mirror_axes=mirror_axes, connected_classes=connected_classes,
                             turned_in_plane=turned_in_plane)
     method = cls(small.network(channels, 3, dims, deep_supervision), cls.Settings(**settings), context)
     method.progress = progress
@@ -277,15 +277,20 @@ def test_confident_foreground_is_the_share_of_predicted_foreground_that_counts(s
         (foreground >= threshold).float().mean().item())
 
 
-@pytest.mark.parametrize("setting, single_components, keeps", [
-    (False, True, False), (True, False, True), (None, True, True), (None, False, False)])
-def test_islands_of_pseudo_labels_go_where_the_setting_says_so(small, monkeypatch, setting, single_components, keeps):
-    islands = torch.zeros(2, 1, 8, 8, dtype=torch.long)
-    islands[:, :, :2, :2], islands[:, :, 5, 5] = 1, 1
-    monkeypatch.setattr("nnunetv2_semi.methods.mix.hard_labels", lambda *_: (islands, torch.ones(2, 1, 8, 8)))
-    method = make(small, largest_component=setting, single_components=single_components, cutmix=0.0)
+ISLANDS = torch.zeros(2, 1, 8, 8, dtype=torch.long)  # of each label a block of four voxels, and one voxel by itself
+ISLANDS[..., :2, :2], ISLANDS[..., 5, 5], ISLANDS[..., :2, 6:], ISLANDS[..., 5, 2] = 1, 1, 2, 2
+
+
+@pytest.mark.parametrize("setting, connected, voxels, which", [
+    (False, [(0, 1), (0, 2)], [5, 5], "no label"), (True, [], [4, 4], "every label"),
+    (None, [(0, 1), (0, 2)], [4, 4], "label 1, 2 (connected in every labelled training case)"),
+    (None, [(0, 2)], [5, 4], "label 2 (connected in every labelled training case)"), (None, [], [5, 5], "no label")])
+def test_islands_of_pseudo_labels_go_where_the_setting_says_so(small, monkeypatch, setting, connected, voxels, which):
+    monkeypatch.setattr("nnunetv2_semi.methods.mix.hard_labels", lambda *_: (ISLANDS, torch.ones(2, 1, 8, 8)))
+    method = make(small, largest_component=setting, connected_classes=connected, cutmix=0.0)
     _, labels, counted = method._pseudo_labelled(small.batch(dims=2))
-    assert labels.flatten(1).sum(1).tolist() == ([4, 4] if keeps else [5, 5]) and counted.all()
+    assert [(labels == label).sum().item() / 2 for label in (1, 2)] == voxels and counted.all()
+    assert method.notes() == [f"Islands are removed from pseudo-labels of {which}."]
 
 
 @pytest.mark.parametrize("one_pass, calls", [(False, [2, 2, 2]), (True, [6])])

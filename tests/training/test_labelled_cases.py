@@ -33,8 +33,8 @@ def test_of_a_3d_case_in_2d_the_slice_with_most_labels_counts(monkeypatch, ignor
     assert int((case.target == 1).sum()) == labelled_voxels
 
 
-def single_components(monkeypatch, segmentations, patch_size=(6, 6, 6), regions=None, labels=(1, 2)):
-    """What ``labelled_cases.single_components`` says of training cases with these label maps (Z, Y, X)."""
+def connected_classes(monkeypatch, segmentations, patch_size=(6, 6, 6), regions=None, labels=(1, 2)):
+    """What ``labelled_cases.connected_classes`` says of training cases with these label maps (Z, Y, X)."""
     read = []
 
     class Cases:
@@ -51,9 +51,9 @@ def single_components(monkeypatch, segmentations, patch_size=(6, 6, 6), regions=
         label_manager=SimpleNamespace(foreground_labels=list(labels), foreground_regions=regions,
                                       has_regions=regions is not None),
         configuration_manager=SimpleNamespace(patch_size=patch_size))
-    answer = labelled_cases.single_components(trainer)
-    assert not answer or sorted(read) == sorted(segmentations)
-    return answer
+    answer = labelled_cases.connected_classes(trainer)
+    assert sorted(read) == sorted(segmentations)
+    return {channel + 1 if regions else label for channel, label in answer}
 
 
 def blocks(*corners):
@@ -65,35 +65,36 @@ def blocks(*corners):
 
 
 @pytest.mark.parametrize("corners, expected", [
-    ([(0, 0, 0, 1), (4, 4, 4, 2)], True),  # one of each label
-    ([(0, 0, 0, 1), (4, 4, 4, 1)], False),  # two of one
-    ([(0, 0, 0, 1), (2, 2, 2, 1)], True),  # they share a corner
-    ([(0, 0, 0, 1), (4, 4, 4, 3)], True),  # 3, such as the ignore label, is not a foreground label
-    ([(0, 0, 0, 3), (4, 4, 4, 3)], True),
-    ([], True), ([(0, 0, 0, -1), (4, 4, 4, -1)], True)])
-def test_whether_each_label_is_one_component_in_a_case(monkeypatch, corners, expected):
-    assert single_components(monkeypatch, {"case": blocks(*corners)}) is expected
+    ([(0, 0, 0, 1), (4, 4, 4, 2)], {1, 2}),  # one of each label
+    ([(0, 0, 0, 1), (4, 4, 4, 1), (0, 4, 4, 2)], {2}),  # two of one
+    ([(0, 0, 0, 1), (2, 2, 2, 1)], {1}),  # they share a corner; no case has 2
+    ([(0, 0, 0, 1), (4, 4, 4, 3)], {1}),  # 3, such as the ignore label, is not a foreground label
+    ([(0, 0, 0, 3), (4, 4, 4, 3)], set()), ([], set()), ([(0, 0, 0, -1), (4, 4, 4, -1)], set())])
+def test_labels_that_are_one_component_in_a_case(monkeypatch, corners, expected):
+    assert connected_classes(monkeypatch, {"case": blocks(*corners)}) == expected
 
 
 def test_every_training_case_counts(monkeypatch):
     one, two = blocks((0, 0, 0, 1)), blocks((0, 0, 0, 1), (4, 4, 4, 1))
-    assert single_components(monkeypatch, {"a": one, "b": one})
-    assert not single_components(monkeypatch, {"a": one, "b": two})
+    other = blocks((0, 0, 0, 2))
+    assert connected_classes(monkeypatch, {"a": one, "b": one, "c": other}) == {1, 2}
+    for order in ((one, two, other), (two, one, other), (other, one, two)):
+        assert connected_classes(monkeypatch, dict(zip("abc", order, strict=True))) == {2}
 
 
 def test_in_2d_every_slice_counts(monkeypatch):
     joined_above = blocks((0, 0, 0, 1), (0, 4, 4, 1))
     joined_above[2] = 1  # in slices 0 and 1 two objects, together one in 3D
     apart = blocks((0, 0, 0, 1), (4, 4, 4, 1))  # two in 3D, one in each slice
-    assert single_components(monkeypatch, {"case": joined_above})
-    assert not single_components(monkeypatch, {"case": joined_above}, (6, 6))
-    assert single_components(monkeypatch, {"case": apart}, (6, 6))
+    assert connected_classes(monkeypatch, {"case": joined_above}) == {1}
+    assert connected_classes(monkeypatch, {"case": joined_above}, (6, 6)) == set()
+    assert connected_classes(monkeypatch, {"case": apart}, (6, 6)) == {1}
 
 
 @pytest.mark.parametrize("regions, corners, expected", [
-    (((1, 2), 2), [(0, 0, 0, 1), (0, 0, 2, 2)], True),
-    (((1, 2), 2), [(0, 0, 0, 1), (4, 4, 4, 2)], False),
-    (((1, 2), 2), [(0, 0, 0, 2), (0, 0, 2, 1), (0, 0, 4, 2)], False),  # the whole is one, its core two
-    (((1, 2),), [(0, 0, 0, 2), (0, 0, 2, 1), (0, 0, 4, 2)], True)])
+    (((1, 2), 2), [(0, 0, 0, 1), (0, 0, 2, 2)], {1, 2}),
+    (((1, 2), 2), [(0, 0, 0, 1), (4, 4, 4, 2)], {2}),
+    (((1, 2), 2), [(0, 0, 0, 2), (0, 0, 2, 1), (0, 0, 4, 2)], {1}),  # the whole is one, its core two
+    (((1, 2),), [(0, 0, 0, 2), (0, 0, 2, 1), (0, 0, 4, 2)], {1})])
 def test_of_regions_each_region_counts(monkeypatch, regions, corners, expected):
-    assert single_components(monkeypatch, {"case": blocks(*corners)}, regions=regions) is expected
+    assert connected_classes(monkeypatch, {"case": blocks(*corners)}, regions=regions) == expected
