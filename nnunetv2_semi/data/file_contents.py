@@ -21,6 +21,7 @@ from nnunetv2_semi.data.cached_reading import companion_files, read_cached
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.data.grids import Grid, grid_difference, grid_of
 from nnunetv2_semi.data.thumbnails import thumbnail
+from nnunetv2_semi.errors import UserError
 
 HASHES_FILE = "semi_content_hashes.json"
 LABELS_FILE = "semi_label_contents.json"
@@ -65,14 +66,17 @@ def name_of_reader(dataset_json: dict, example: str) -> str:
     """The reader that nnU-Net would choose: the first that reads an example, where several share a file ending.
 
     Raises:
-        RuntimeError: nnU-Net has none for this file ending.
+        UserError: nnU-Net has none for this file ending.
     """
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         try:
             reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
         except RuntimeError:
-            reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+            try:
+                reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+            except RuntimeError as error:
+                raise UserError(f"nnU-Net has no reader for {example}: {error}") from error
     return str(reader.__name__)
 
 

@@ -13,6 +13,7 @@ from nnunetv2_semi.data.label_files import label_mistake
 from nnunetv2_semi.doctor.channels import check_channels
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.doctor.preprocessed import Plan, check_intensities, check_preprocessed, check_sizes
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.pool import processes_to_read
 
 Cases = Mapping[str, list[str]]
@@ -39,8 +40,8 @@ def check_images(
         return
     try:
         reader_name = name_of_reader(dataset_json, files[0])
-    except RuntimeError as error:
-        yield problem(f"nnU-Net has no reader for these images: {error}", "correct file_ending in dataset.json")
+    except UserError as error:
+        yield problem(str(error), "correct file_ending in dataset.json")
         return
     preprocessed = os.environ.get("nnUNet_preprocessed", "")
     contents: dict[str, FileContent] = {}

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
-from nnunetv2.imageio.reader_writer_registry import (
-    determine_reader_writer_from_dataset_json,
-    recursive_find_reader_writer_by_name,
-)
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.file_contents import name_of_reader
 from nnunetv2_semi.data.grids import grid_difference, grid_of
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import default_processes, results_in_parallel
@@ -196,13 +194,7 @@ def case_files(run: PredictedRun) -> list[CaseFiles]:
 
 def reader_name(run: PredictedRun, example: Path) -> str:
     """Name of nnU-Net's reader for a run's files, of which ``example`` is one."""
-    # nnU-Net prints a traceback for each reader that it tries in vain, as for 3D .tif.
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        try:
-            content = read_dataset_json(run.dataset_json)
-            return determine_reader_writer_from_dataset_json(content, str(example), verbose=False).__name__
-        except RuntimeError as error:
-            raise UserError(f"nnU-Net has no reader for {example}.") from error
+    return name_of_reader(read_dataset_json(run.dataset_json), str(example))
 
 
 def read_segmentation(file: Path, reader: str) -> tuple[np.ndarray, list[float], dict]:
