@@ -68,6 +68,7 @@ setup(
         "acvl-utils",
         "dynamic-network-architectures",
         "blosc2",
+        "connected-components-3d",
         "filelock",
         "matplotlib",
         "nibabel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
+import cc3d
 import numpy as np
 import torch
 from scipy import ndimage
@@ -15,19 +16,15 @@ Name = TypeVar("Name")
 def largest_components(labels: torch.Tensor, classes: Collection[tuple[int, int]] | None = None) -> torch.Tensor:
     """``labels`` (B, C, *spatial), integers, without islands: they become 0.
 
-    Of each of ``classes``, (channel, label above 0), the largest component stays, of several of the same size the first
-    one; and those that touch the border of the patch, beyond which they may be connected with it. None: of all. Voxels
-    that share a corner are connected. Done on the CPU.
+    Of each of ``classes``, (channel, label above 0), the largest component stays, of several of the same size one; and
+    those that touch the border of the patch, beyond which they may be connected with it. None: of all. Voxels that
+    share a corner are connected. Done on the CPU.
     """
-    given = labels.to(torch.int16).cpu().numpy()
-    kept = given.copy()
-    for patch, result in zip(given, kept, strict=True):
+    result = labels.to("cpu", torch.int16, copy=True)
+    for patch in result.numpy():
         for index, channel in enumerate(patch):
-            for label, box in enumerate(ndimage.find_objects(channel), 1):
-                if box is not None and (classes is None or (index, label) in classes):
-                    mask = channel[box] == label
-                    result[index][box][mask & ~_without_islands(mask, box, channel.shape)] = 0
-    return torch.from_numpy(kept).to(labels)
+            _remove_islands(channel, None if classes is None else {label for own, label in classes if own == index})
+    return result.to(labels)
 
 
 def numbers_of_components(labels: np.ndarray, classes: Mapping[Name, Sequence[int]]) -> dict[Name, int]:
@@ -41,24 +38,32 @@ def numbers_of_components(labels: np.ndarray, classes: Mapping[Name, Sequence[in
         own = [boxes[label - 1] for label in members if 0 < label <= len(boxes) and boxes[label - 1] is not None]
         box = tuple(slice(min(side.start for side in sides), max(side.stop for side in sides))
                     for sides in zip(*own, strict=True))
-        counts[name] = _components(np.isin(labels[box], members))[1] if own else 0
+        counts[name] = int(_components(np.isin(labels[box], members)).max()) if own else 0
     return counts
 
 
-def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    return ndimage.label(mask, np.ones((3,) * mask.ndim))
+def _components(labels: np.ndarray) -> np.ndarray:
+    """The number of the component, from 1, of each voxel with a label; voxels of other labels are of others."""
+    return cc3d.connected_components(labels, connectivity=8 if labels.ndim == 2 else 26)
 
 
-def _without_islands(mask: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Of a ``mask`` that fills the ``box`` of a patch of this ``shape``."""
-    components, count = _components(mask)
-    if count == 1:
-        return mask
-    stays = np.zeros(count + 1, dtype=bool)
-    stays[1 + np.bincount(components.ravel())[1:].argmax()] = True
-    for axis, (side, size) in enumerate(zip(box, shape, strict=True)):
+def _remove_islands(labels: np.ndarray, chosen: Collection[int] | None) -> None:
+    """In place, of the ``chosen`` labels or of all."""
+    boxes = ndimage.find_objects((labels > 0).view(np.int8))
+    if not boxes:
+        return
+    box, inside = boxes[0], labels[boxes[0]]
+    components = _components(inside)
+    sizes = np.bincount(components.ravel())
+    label_of = np.zeros(len(sizes), labels.dtype)
+    label_of[components.ravel()] = inside.ravel()
+    stays = np.zeros(len(sizes), dtype=bool)
+    for label in np.unique(label_of):
+        own = np.flatnonzero(label_of == label)
+        stays[own[sizes[own].argmax()] if chosen is None or label in chosen else own] = True
+    for axis, (side, size) in enumerate(zip(box, labels.shape, strict=True)):
         for end, at_border in ((0, side.start == 0), (-1, side.stop == size)):
             if at_border:
                 stays[components.take(end, axis)] = True
-    stays[0] = False  # the background of the mask
-    return stays[components]
+    if not stays.all():
+        inside[~stays[components]] = 0

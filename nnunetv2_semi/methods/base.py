@@ -22,6 +22,7 @@ from torch import nn
 
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.losses.predictions import Logits, agreement
+from nnunetv2_semi.methods.arrangement import Images
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.optimization import Optimization
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
@@ -141,7 +142,7 @@ class Method(nn.Module):
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""
         return weight * self.settings.unlabelled_weight * sigmoid_ramp_up(self.progress, ramp_fraction)
 
-    def passes(self, network: Callable[[torch.Tensor], Any], *images: torch.Tensor, together: bool = False,
+    def passes(self, network: Callable[[torch.Tensor], Any], *images: Images, together: bool = False,
                alone: int = 0) -> Iterator[Any]:
         """What the network gives for each of ``images``, see `Arrangement.passes`."""
         return self.context.arrangement.passes(network, *images, together=together, alone=alone)

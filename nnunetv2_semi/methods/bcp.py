@@ -153,7 +153,7 @@ class BCP(Method):
 
     def _pseudo_labels(self, image: torch.Tensor) -> torch.Tensor:
         labels, _ = hard_labels(probabilities(self.teacher(image), self.context.regions), self.context.regions)
-        return self._islands.removed_from(labels)
+        return self._islands.removed_from(labels)()
 
     def _at_all_scales(self, outputs: list[torch.Tensor], labels: list[torch.Tensor],
                        counted: list[torch.Tensor]) -> torch.Tensor:

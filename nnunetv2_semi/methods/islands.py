@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nnunetv2_semi.data.largest_component import largest_components
@@ -16,11 +18,25 @@ class Islands:
         self._classes = context.connected_classes() if setting is None else frozenset()
         self._of_all, self._regions = bool(setting), context.regions
 
-    def removed_from(self, labels: torch.Tensor) -> torch.Tensor:
-        """``labels`` with 0 where islands were."""
-        if self._of_all:
-            return largest_components(labels)
-        return largest_components(labels, self._classes) if self._classes else labels
+    def removed_from(self, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What is returned gives ``labels`` with 0 where islands were, when it is called.
+
+        The work is the CPU's. What a GPU was given to do between the two calls it does meanwhile.
+        """
+        if not (self._of_all or self._classes):
+            return lambda: labels
+        on_gpu = labels.is_cuda
+        copied = labels.to(torch.int16).to("cpu", non_blocking=on_gpu)
+        done = torch.cuda.Event() if on_gpu else None
+        if done is not None:
+            done.record()
+
+        def without_islands() -> torch.Tensor:
+            if done is not None:
+                done.synchronize()
+            return largest_components(copied, None if self._of_all else self._classes).to(labels)
+
+        return without_islands
 
     def note(self) -> str:
         """What is removed, for the log."""

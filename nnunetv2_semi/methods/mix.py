@@ -9,7 +9,8 @@ nnFilterMatch (arXiv 2509.19746).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from nnunetv2_semi.data.affine_views import AffineViews
 from nnunetv2_semi.data.flips import Flips
 from nnunetv2_semi.losses.hard_labels import hard_labels
 from nnunetv2_semi.losses.predictions import probabilities
+from nnunetv2_semi.methods.arrangement import Images
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.islands import Islands
@@ -29,6 +31,7 @@ from nnunetv2_semi.methods.settings import changed, setting
 from nnunetv2_semi.methods.supervised import SupervisedSettings, pasted_into_each_other
 from nnunetv2_semi.teachers import EMATeacher
 
+Patches = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images, their labels, the weight of each voxel's label
 SIZES = (0.7, 1.4)  # of the view of "spatial_view": "affine", as in nnU-Net's augmentation
 
 
@@ -103,22 +106,23 @@ class Mix(Method):
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         settings = self.settings
-        images, targets = [batch.labelled], [batch.target]
+        images: list[Images] = [batch.labelled]
+        targets = [batch.target]
         if settings.labelled_mixing > 0:
             image, target = pasted_into_each_other(batch, settings.labelled_box)
             images, targets = [*images, image], [*targets, target]
         weight = self._weight()
         self.metrics["unlabelled_voxels_used"] = batch.labelled.new_zeros(())
         if weight > 0:
-            image, labels, counted = self._pseudo_labelled(batch)
-            images = [*images, image]
+            pseudo_labelled = cache(self._pseudo_labelled(batch))
+            images = [*images, lambda: pseudo_labelled()[0]]
         passes = self.passes(self.student, *images)
         yield [self.supervised(next(passes), targets[0])]
         if len(targets) == 2:
             yield [self.supervised(next(passes), targets[1], "labelled_mixing", settings.labelled_mixing,
                                    applies=len(batch.labelled) > 1)]
         if weight > 0:
-            yield [Term("pseudo_label", self.context.weighted_loss(next(passes), labels, counted), weight)]
+            yield [Term("pseudo_label", self.context.weighted_loss(next(passes), *pseudo_labelled()[1:]), weight)]
 
     def _weight(self) -> float:
         settings = self.settings
@@ -126,15 +130,20 @@ class Mix(Method):
             return 0.0
         return self.unlabelled_weight(settings.pseudo_weight, settings.ramp_fraction)
 
-    def _pseudo_labelled(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The student's patches, their labels, and the weight of each voxel's label."""
-        settings, regions = self.settings, self.context.regions
+    def _pseudo_labelled(self, batch: Batch) -> Callable[[], Patches]:
+        """What gives the student's patches; the teacher's pass is done when this returns."""
+        regions = self.context.regions
         teacher = probabilities(self.teacher(batch.unlabelled), regions)
         labels, confidence = hard_labels(teacher, regions)
         counted = self._counted(labels, confidence)
         self.metrics["unlabelled_voxels_used"] = counted.float().mean()
         self.metrics["confident_foreground"] = _share_of_foreground(labels, counted)
-        labels = self._islands.removed_from(labels)
+        without_islands = self._islands.removed_from(labels)
+        return lambda: self._view(batch, without_islands(), counted)
+
+    def _view(self, batch: Batch, labels: torch.Tensor, counted: torch.Tensor) -> Patches:
+        """What the student sees of unlabelled patches."""
+        settings = self.settings
         image, labels, counted = self._mixed(batch, batch.unlabelled, labels, counted)
         image = intensity_view(image, settings)
         if settings.spatial_view != "none":
@@ -165,7 +174,7 @@ class Mix(Method):
                 counted[:, channel] |= own & (own_confidence >= mean.clamp(max=threshold))
         return counted
 
-    def _mixed(self, batch: Batch, *own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _mixed(self, batch: Batch, *own: torch.Tensor) -> Patches:
         """Unlabelled patches, their labels and weights (``own``) with the boxes of their partners pasted in."""
         partners = self._partners(batch, own)
         inside = boxes_to_paste(own[0], partners[0], self.settings.cutmix)

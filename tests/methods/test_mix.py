@@ -288,9 +288,20 @@ ISLANDS[..., :2, :2], ISLANDS[..., 5, 5], ISLANDS[..., :2, 6:], ISLANDS[..., 5, 
 def test_islands_of_pseudo_labels_go_where_the_setting_says_so(small, monkeypatch, setting, connected, voxels, which):
     monkeypatch.setattr("nnunetv2_semi.methods.mix.hard_labels", lambda *_: (ISLANDS, torch.ones(2, 1, 8, 8)))
     method = make(small, largest_component=setting, connected_classes=connected, cutmix=0.0)
-    _, labels, counted = method._pseudo_labelled(small.batch(dims=2))
+    _, labels, counted = method._pseudo_labelled(small.batch(dims=2))()
     assert [(labels == label).sum().item() / 2 for label in (1, 2)] == voxels and counted.all()
     assert method.notes() == [f"Islands are removed from pseudo-labels of {which}."]
+
+
+def test_islands_are_looked_for_when_the_labelled_passes_are_under_way(small, monkeypatch):
+    events = []
+    monkeypatch.setattr("nnunetv2_semi.methods.islands.largest_components",
+                        lambda labels, classes: events.append("islands") or labels)
+    method = make(small, largest_component=True)
+    method.student.register_forward_hook(lambda *_: events.append("student"))
+    method.teacher.network.register_forward_hook(lambda *_: events.append("teacher"))
+    run(method, [small.batch(dims=2)])
+    assert events == ["teacher", "student", "student", "islands", "student"]
 
 
 @pytest.mark.parametrize("one_pass, calls", [(False, [2, 2, 2]), (True, [6])])
