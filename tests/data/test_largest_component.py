@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from nnunetv2_semi.data.largest_component import largest_components, numbers_of_components
 
@@ -89,3 +90,24 @@ def test_voxels_that_share_a_corner_are_one_component_and_nothing_is_none():
     assert numbers_of_components(np.eye(4, dtype=np.int16), classes) == {1: 1}
     assert numbers_of_components(np.zeros((4, 4, 4), dtype=np.uint8), classes) == {1: 0}
     assert numbers_of_components(np.diag([1.0, 0.0, 1.0]), classes) == {1: 2}
+
+
+@pytest.mark.parametrize("shape", [(64, 71), (39, 37), (96, 96), (1, 30), (20, 24, 31), (1, 40, 41)])
+@pytest.mark.parametrize("labels", [1, 3])
+def test_smooth_objects_have_the_components_that_scipy_finds(shape, labels):
+    random, corners = np.random.default_rng(0), np.ones((3,) * len(shape))
+    for smoothness in (0.0, 1.0, 2.0, 4.0):
+        place = ndimage.gaussian_filter(random.normal(size=shape), smoothness)
+        drawn = np.digitize(place, np.quantile(place, np.linspace(0.4, 1, labels + 1)[:-1])).astype(np.int16)
+        kept = largest_components(torch.from_numpy(drawn)[None, None])[0, 0].numpy()
+        counts = numbers_of_components(drawn, {label: (label,) for label in range(1, labels + 1)})
+        for label in range(1, labels + 1):
+            components, count = ndimage.label(drawn == label, corners)
+            sizes = np.bincount(components.ravel())[1:]
+            touching = {int(n) for axis in range(len(shape)) for end in (0, -1)
+                        for n in components.take(end, axis).flat}
+            largest = {n + 1 for n in range(count) if sizes[n] == sizes.max()}
+            stayed = {int(n) for n in np.unique(components[kept == label])}
+            assert counts[label] == count
+            assert (kept == label).sum() == sum(sizes[n - 1] for n in stayed)  # whole components
+            assert touching - {0} <= stayed <= touching | largest and stayed & largest and len(stayed - touching) <= 1
