@@ -99,6 +99,6 @@ def test_images_that_nnunet_has_no_reader_for_are_a_problem(dataset: Path, monke
 
     monkeypatch.setattr(file_contents, "determine_reader_writer_from_dataset_json", no_reader)
     check = only(found(Level.PROBLEM))
-    assert check.finding.startswith("nnU-Net has no reader for ") and first_case(dataset) in check.finding
-    assert check.finding.endswith(": Unable to determine a reader")
+    example = dataset / "imagesTr" / f"{first_case(dataset)}_0000.nii.gz"
+    assert check.finding == f"nnU-Net has no reader for {example}: Unable to determine a reader"
     assert "file_ending" in check.remedy

@@ -6,8 +6,12 @@ import argparse
 import os
 import pickle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2_semi.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FILE = "semi_postprocessing.pkl"
 
@@ -59,7 +63,7 @@ def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, 
     from nnunetv2_semi.data.dataset_json import read_dataset_json
     from nnunetv2_semi.data.file_contents import name_of_reader
     from nnunetv2_semi.data.label_files import label_files
-    from nnunetv2_semi.data.largest_component import numbers_of_components
+    from nnunetv2_semi.data.largest_component import always_connected
 
     dataset_json = read_dataset_json(os.path.join(raw_dataset_folder, "dataset.json"))
     files = list(label_files(raw_dataset_folder, dataset_json).values())
@@ -69,12 +73,11 @@ def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, 
     values = {name: tuple(value) if isinstance(value, list) else value
               for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
     classes = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
-    most = dict.fromkeys(classes, 0)
-    for file in files:
+
+    def read(file: str) -> np.ndarray:
         try:
-            segmentation = reader.read_seg(file)[0][0]
+            return reader.read_seg(file)[0][0]
         except Exception as error:  # readers raise whatever their libraries do
             raise UserError(f"{file} cannot be read: {one_line(error)}") from error
-        for name, count in numbers_of_components(segmentation, classes).items():
-            most[name] = max(most[name], count)
-    return {name: values[name] for name, count in most.items() if count == 1}
+
+    return {name: values[name] for name in always_connected(map(read, files), classes)}

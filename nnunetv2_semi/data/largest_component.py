@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import cc3d
@@ -40,6 +40,16 @@ def numbers_of_components(labels: np.ndarray, classes: Mapping[Name, Sequence[in
                     for sides in zip(*own, strict=True))
         counts[name] = ndimage.label(np.isin(labels[box], members), np.ones((3,) * labels.ndim))[1] if own else 0
     return counts
+
+
+def always_connected(label_maps: Iterable[np.ndarray], classes: Mapping[Name, Sequence[int]]) -> list[Name]:
+    """Those of ``classes`` with one connected component in each of ``label_maps`` that has them; one at least must."""
+    most = dict.fromkeys(classes, 0)
+    for labels in label_maps:
+        left = {name: members for name, members in classes.items() if most[name] <= 1}
+        for name, count in numbers_of_components(labels, left).items():
+            most[name] = max(most[name], count)
+    return [name for name, count in most.items() if count == 1]
 
 
 def _components(labels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi.data.case_channels import CaseChannels
-from nnunetv2_semi.data.largest_component import numbers_of_components
+from nnunetv2_semi.data.largest_component import always_connected
 from nnunetv2_semi.methods.contract import WholeCase
 from nnunetv2_semi.present_channels import fill_absent, present_modalities
 
@@ -50,11 +50,6 @@ def connected_classes(trainer: nnUNetTrainer) -> frozenset[tuple[int, int]]:
                    for channel, region in enumerate(labels.foreground_regions)}
     else:
         classes = {(0, label): (label,) for label in labels.foreground_labels}
-    most = dict.fromkeys(classes, 0)
-    for name in names:
-        segmentation = np.asarray(dataset.load_case(name)[1][:])[0]
-        for single in segmentation if slices else [segmentation]:
-            for key, count in numbers_of_components(single, classes).items():
-                most[key] = max(most[key], count)
-        classes = {key: members for key, members in classes.items() if most[key] <= 1}
-    return frozenset(key for key, count in most.items() if count == 1)
+    segmentations = (np.asarray(dataset.load_case(name)[1][:])[0] for name in names)
+    return frozenset(always_connected(
+        (single for whole in segmentations for single in (whole if slices else [whole])), classes))
