@@ -36,6 +36,8 @@ VARIANTS = {STOCK: Variant(None), "Supervised": Variant(Supervised)}
 for _arrangement in ("sequential", "one_pass"):
     VARIANTS[f"Mix, {_arrangement}"] = Variant(Mix, {
         "arrangement": _arrangement, "Mix": {"start": 0.0, "largest_component": False}})
+    VARIANTS[f"Mix without islands, {_arrangement}"] = Variant(Mix, {
+        "arrangement": _arrangement, "Mix": {"start": 0.0, "largest_component": True}})
     VARIANTS[f"FixMatch, {_arrangement}"] = Variant(FixMatch, {"arrangement": _arrangement})
     VARIANTS[f"CPS, {_arrangement}"] = Variant(CPS, {"arrangement": _arrangement})
     VARIANTS[f"BCP, {_arrangement}"] = Variant(BCP, {

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from nnunetv2_semi.processes.commands import (
     ended_by_sigterm,
     finished_epochs,
     run_logged,
+    run_watched,
 )
-from nnunetv2_semi.processes.pool import default_processes
+from nnunetv2_semi.processes.pool import default_processes, share_out
 
 # So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
 # 2D, so that 800 iterations, after which the control lacks labels and not time, take minutes on a processor.
@@ -207,8 +208,7 @@ class Demo:
         )  # fmt: skip
         self.plan()
         self.write_plans(dataset.name)
-        for title in self.entries:
-            self.train(title)
+        self.train()
         predictions = {title: self.predict(dataset, title) for title in self.entries}
         dice = {title: dice_per_case(dataset / "labelsTs", folder) for title, folder in predictions.items()}
         print(f"\n{dice_table(dice)}\n")
@@ -238,16 +238,31 @@ class Demo:
         print(f'\nEach trainer gets a copy of the plans file, with the length of the training in its "semi": {EPOCHS} '
               f"epochs of\n{length['num_iterations_per_epoch']} iterations.")
 
-    def train(self, title: str) -> None:
-        """One model on all labelled cases."""
-        entry, log = self.entries[title], self.logs / f"train_{title}.txt"
-        self._run(
+    def train(self) -> None:
+        """Each entry's model, on all labelled cases; on the CPU side by side, one core each.
+
+        On patches so small a second thread gains nothing; where other programs run, two wait for each other.
+        """
+        logs = {title: self.logs / f"train_{title}.txt" for title in self.entries}
+        calls = {title: self._shown(
             "nnUNetv2_train",
             [str(DATASET_ID), CONFIGURATION, "all", "-tr", entry.trainer, "-p", entry.plans_name(title),
              "-device", self.device],
-            Progress(EPOCHS, "epoch", lambda: finished_epochs(log)),
-            log,
-        )  # fmt: skip
+        ) for title, entry in self.entries.items()}  # fmt: skip
+        # For images so small, starting processes costs more than they would save.
+        environment = self.environment | {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+
+        def train(title: str, cores: Sequence[int] | None, stop_if_asked: Callable[[], None]) -> None:
+            run_watched(calls[title], logs[title], environment, stop_if_asked, cores)
+
+        slots: list[Sequence[int] | None] = [None]
+        if self.device == "cpu" and hasattr(os, "sched_getaffinity"):
+            slots = [[core] for core in sorted(os.sched_getaffinity(0))[:len(self.entries)]]
+        progress = Progress(len(logs) * EPOCHS, "epoch", lambda: sum(map(finished_epochs, logs.values())))
+        started = time.monotonic()
+        with progress.bar() as look:
+            share_out(list(calls), slots, train, look)
+        self._tell_seconds(time.monotonic() - started)
 
     def predict(self, dataset: Path, title: str) -> Path:
         """Folder with the test cases' predictions."""
@@ -285,19 +300,18 @@ class Demo:
         save_overview(rows, LABELS, title, self.picture)
 
     def _run(self, name: str, arguments: Sequence[str], progress: Progress, log: Path | None = None) -> None:
+        command = self._shown(name, arguments)
+        self._tell_seconds(run_logged(command, log or self.logs / f"{name}.txt", self.environment, progress))
+
+    def _shown(self, name: str, arguments: Sequence[str]) -> list[str]:
+        """The command, printed as the user would type it."""
         shown = shlex.join([name, *arguments])
         for variable, folder in self.folders.items():
             shown = shown.replace(str(folder), f"${variable}")
         print(f"\n$ {shown.replace(str(self.work), '.')}", flush=True)
-        log = log or self.logs / f"{name}.txt"
-        environment, cores = dict(self.environment), None
-        if name == "nnUNetv2_train":
-            # For volumes so small, starting processes costs more than they would save. The planner takes no 0.
-            environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
-            if self.device == "cpu" and hasattr(os, "sched_getaffinity"):
-                # On patches so small a second thread gains nothing; where other programs run, two wait for each other.
-                cores = sorted(os.sched_getaffinity(0))[:1]
-        seconds = run_logged([self.commands[name], *arguments], log, environment, progress, cores)
+        return [self.commands[name], *arguments]
+
+    def _tell_seconds(self, seconds: float) -> None:
         print(f"  took {seconds:.0f} s", flush=True)
 
 

@@ -35,6 +35,18 @@ class Progress:
     unit: str = ""
     done: Callable[[], int] = lambda: 0
 
+    @contextmanager
+    def bar(self) -> Iterator[Callable[[], None]]:
+        """Within it, what it yields shows how far the command is, where there is a terminal."""
+        bar_format = None if self.total else "{desc}{elapsed}"
+        with tqdm(desc="  ", total=self.total, unit=self.unit, bar_format=bar_format, leave=False, disable=None) as bar:
+
+            def look() -> None:
+                bar.n = self.done()
+                bar.refresh()
+
+            yield look
+
 
 class CommandFailed(Exception):
     """A command ended with an error; the message has the end of its output."""
@@ -60,11 +72,10 @@ def prediction_options(device: str, mirroring: bool) -> list[str]:
     return [*options, "-npp", "0", "-nps", "0"] if device == "cpu" else options
 
 
-def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str], progress: Progress,
-               cores: Sequence[int] | None = None) -> float:
+def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str], progress: Progress) -> float:
     """Run a command with its output in a file, written anew, and a progress bar where there is a terminal.
 
-    However this ends, the command and all processes it started have ended before. cores: see `run_watched`.
+    However this ends, the command and all processes it started have ended before.
 
     Returns:
         Seconds it took.
@@ -73,16 +84,8 @@ def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str]
         CommandFailed: It returned non-zero.
     """
     log.unlink(missing_ok=True)
-    bar_format = None if progress.total else "{desc}{elapsed}"
-    with tqdm(
-        desc="  ", total=progress.total, unit=progress.unit, bar_format=bar_format, leave=False, disable=None
-    ) as bar:
-
-        def show() -> None:
-            bar.n = progress.done()
-            bar.refresh()
-
-        return run_watched(command, log, environment, show, cores)
+    with progress.bar() as look:
+        return run_watched(command, log, environment, look)
 
 
 def run_watched(

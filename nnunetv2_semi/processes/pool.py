@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -16,9 +17,15 @@ from tqdm import tqdm
 from nnunetv2_semi.errors import UserError
 
 _FILES_PER_PROCESS = 16  # small ones, which take about as long as the start of a process
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Slot = TypeVar("Slot")
+
+
+class Stopped(Exception):
+    """The work is to end: it was stopped, or other work beside it failed."""
 
 
 def allowed_cores() -> int:
@@ -97,3 +104,50 @@ def results_in_parallel(
             ) from error
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def share_out(
+    tasks: Sequence[Task],
+    slots: Sequence[Slot],
+    work: Callable[[Task, Slot, Callable[[], None]], None],
+    look: Callable[[], None],
+) -> None:
+    """Do all tasks, one at a time on each slot, in threads of this process. What ``work`` raises ends all work.
+
+    Args:
+        tasks: Begun in this order.
+        slots: What a task gets to work with: a device, cores.
+        work: Called with a task, a slot, and a function that it is to call now and then, and whose `Stopped` it is to
+            raise.
+        look: Called meanwhile, about twice a second, in the calling thread.
+    """
+    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+    stop = threading.Event()
+
+    def stop_if_asked() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    def work_on(slot: Slot) -> None:
+        try:
+            while True:
+                stop_if_asked()
+                work(waiting.get_nowait(), slot, stop_if_asked)
+        except (queue.Empty, Stopped):
+            return
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(len(slots)) as threads:
+        try:
+            workers = [threads.submit(work_on, slot) for slot in slots]
+            while wait(workers, _SECONDS_BETWEEN_LOOKS).not_done:
+                look()
+            for worker in workers:
+                worker.result()
+        finally:
+            stop.set()
+    look()

@@ -178,6 +178,9 @@ def test_a_model_of_another_study_of_the_same_name_is_noticed(tmp_path):
             check_unchanged([begun])
     (job.model / "study.json").write_text(json.dumps({"made_with": job.made_with()}))
     check_unchanged([job])
+    job.base_plans_file.unlink()
+    with pytest.raises(UserError, match=f"{job.base_plans_file} is missing.*--predictions"):
+        check_unchanged([job])
 
 
 def test_a_job_is_worked_on_by_one_process_at_a_time(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from nnunetv2_semi.commands import demo
 from nnunetv2_semi.data.phantom_anatomy import LABELS
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.processes.pool import allowed_cores
 
 # Imports nothing slow. Plans carry a key of the planner's; training prints epochs; the control predicts background.
 STAND_IN = """\
@@ -33,7 +34,8 @@ elif name == "nnUNetv2_train":
         sys.exit(3)
     if behaviour == "hangs":
         worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
-        pathlib.Path(os.environ["STAND_IN_PIDS"]).write_text(f"{os.getpid()} {worker.pid}")
+        with open(os.environ["STAND_IN_PIDS"], "a") as pids:
+            pids.write(f"{os.getpid()} {worker.pid} ")
         time.sleep(120)
     log = pathlib.Path(os.environ["nnUNet_results"]) / plans_name
     log.write_text(json.dumps([arguments, json.loads(plans.read_text()), dict(os.environ)]))
@@ -93,6 +95,7 @@ def test_demo_prints_table_draws_picture_and_leaves_nothing_else(
     assert [name for name in LABELS if name in printed] == list(LABELS)
     assert str(tmp_path / "out" / "demo.png") in printed
     assert (
+        "$ nnUNetv2_train 1 2d all -tr nnUNetTrainerSemiSupervised -p nnUNetSemiCPUPlans_Supervised -device cpu\n\n"
         "$ nnUNetv2_train 1 2d all -tr nnUNetTrainerSemiMix -p nnUNetSemiCPUPlans_Mix -device cpu\n  took"
         in printed
     )
@@ -173,9 +176,10 @@ def test_stopping_ends_all_processes_and_cleans_up(
     )
     process = subprocess.Popen([sys.executable, "-c", script, "--folder", str(tmp_path / "out")])
     pids: list[int] = []
+    side_by_side = min(2, allowed_cores())  # the control and Mix; each notes itself and a worker
     try:
         deadline = time.monotonic() + 120
-        while not (pids_file.exists() and len(pids_file.read_text().split()) == 2):
+        while not (pids_file.exists() and len(pids_file.read_text().split()) == 2 * side_by_side):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)

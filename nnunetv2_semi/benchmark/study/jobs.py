@@ -18,6 +18,7 @@ from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.study.study import Entry, Study
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import merged_settings
 
 # In a model's folder: what the training began with.
@@ -37,8 +38,6 @@ class Folders:
     @classmethod
     def from_environment(cls) -> Folders:
         """Raises UserError where one of nnU-Net's variables is not set."""
-        from nnunetv2_semi.errors import UserError
-
         names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
         missing = [name for name in names if not os.environ.get(name)]
         if missing:
@@ -100,8 +99,17 @@ class Job:
         return self.folders.preprocessed / self.dataset / f"{self.plans}.json"
 
     def own_plans(self) -> dict:
-        """The data set's plans with the settings of this training."""
-        plans = json.loads(self.base_plans_file.read_text(encoding="utf-8"))
+        """The data set's plans with the settings of this training.
+
+        Raises:
+            UserError: The data set is no longer planned.
+        """
+        try:
+            plans = json.loads(self.base_plans_file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.base_plans_file} is missing: whether trainings were begun with these plans cannot "
+                            "be told. Bring it back. Where only predictions are left, give the report their folders: "
+                            "nnunetv2_semi benchmark report --predictions.") from error
         configuration = plans["configurations"][self.study.configuration]
         merged: Mapping[str, object] = {"final_validation": False, **self._planned_settings(plans)}
         for settings in (self.study.settings, self.entry.settings, {"seed": self.seed}):

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import traceback
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 
 from nnunetv2_semi.benchmark.study.execution import execute
 from nnunetv2_semi.benchmark.study.jobs import Job
 from nnunetv2_semi.benchmark.study.progress import StudyBar
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed
-
-SECONDS_BETWEEN_LOOKS = 0.5
-
-
-class _Stopped(Exception):
-    """The user stopped the study."""
+from nnunetv2_semi.processes.pool import Stopped, share_out
 
 
 def run_on_devices(jobs: Sequence[Job], devices: Sequence[str], bar: StudyBar) -> None:
@@ -27,40 +19,19 @@ def run_on_devices(jobs: Sequence[Job], devices: Sequence[str], bar: StudyBar) -
 
     However this ends, even killed, the commands it started end with it.
     """
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
-    stop = threading.Event()
 
-    def stop_if_asked() -> None:
-        if stop.is_set():
-            raise _Stopped
-
-    def work(device: str, cores: Sequence[int] | None) -> None:
-        while not stop.is_set():
-            try:
-                job = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                execute(job, device, stop_if_asked, cores)
-            except CommandFailed:
-                pass  # in the job's record
-            except _Stopped:
-                return
-            except Exception:  # a disk that is full, a file that is gone: the other jobs go on
-                job.write_record("failed", error=traceback.format_exc())
-
-    with ThreadPoolExecutor(len(devices)) as threads:
+    def work(job: Job, slot: tuple[str, Sequence[int] | None], stop_if_asked: Callable[[], None]) -> None:
+        device, cores = slot
         try:
-            workers = [threads.submit(work, *slot) for slot in zip(devices, _cores(devices), strict=True)]
-            while wait(workers, SECONDS_BETWEEN_LOOKS).not_done:
-                bar.look()
-            for worker in workers:
-                worker.result()
-        finally:
-            stop.set()
-    bar.look()
+            execute(job, device, stop_if_asked, cores)
+        except CommandFailed:
+            pass  # in the job's record
+        except Stopped:
+            raise
+        except Exception:  # a disk that is full, a file that is gone: the other jobs go on
+            job.write_record("failed", error=traceback.format_exc())
+
+    share_out(jobs, list(zip(devices, _cores(devices), strict=True)), work, bar.look)
 
 
 def check_devices(devices: Sequence[str]) -> list[str]:
