@@ -13,7 +13,8 @@ from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND  # noqa: E4
 
 HERE = Path(__file__).parent
 STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
-           "la2d": "left atrium, 4 of 64 labelled",
+           "la2d": "left atrium, 4 and 8 of 64 labelled",
+           "la3d": "left atrium in 3D, 4 of 64 labelled, one seed",
            "brats2d": "brain tumours, T1ce and T2, 3 of 9 labelled",
            "brats2d_four": "brain tumours, four modalities, 3 of 9 labelled",
            "busi64": "breast ultrasound, 64 of 456 labelled, all benign",
@@ -43,7 +44,11 @@ def main() -> None:
 
 def _differences(measures: Path) -> pd.DataFrame:
     rows = summarise(pd.read_csv(measures))
-    return rows[(rows.metric == "dice") & (rows.label == "mean over labels") & (rows.role == "method")]
+    rows = rows[(rows.metric == "dice") & (rows.label == "mean over labels") & (rows.role == "method")]
+    if rows.labelled.nunique() > 1:
+        named = zip(rows.method, rows.labelled, strict=True)
+        rows = rows.assign(method=[f"{method}, {labelled}" for method, labelled in named])
+    return rows
 
 
 if __name__ == "__main__":
