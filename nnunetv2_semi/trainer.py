@@ -63,7 +63,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         compat.train_on_cpu_under_gloo(self)
         if self.is_ddp:
             compat.let_processes_differ_in_patches()
-        self.logger.local_logger = SemiLocalLogger()
+        self.logger.local_logger = SemiLocalLogger(lambda: self.num_epochs)
         name = self.method_class.name
         asked = self.configuration_manager.configuration.get("semi", {})
         found = self.method_class.completed(settings_from_plan(self.method_class.Settings, asked, name))

@@ -31,7 +31,7 @@ from nnunetv2_semi.processes.commands import (
     run_logged,
     run_watched,
 )
-from nnunetv2_semi.processes.pool import default_processes, share_out
+from nnunetv2_semi.processes.pool import share_out
 
 # So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
 # 2D, so that 800 iterations, after which the control lacks labels and not time, take minutes on a processor.
@@ -184,11 +184,12 @@ class Demo:
         self.logs = work / "logs"
         for folder in (*self.folders.values(), self.logs):
             folder.mkdir()
-        processes = str(default_processes())
         self.environment = {
             **os.environ,
             **{variable: str(folder) for variable, folder in self.folders.items()},
-            "nnUNet_def_n_proc": processes,
+            # For images so small, starting processes costs more than they would save. nnU-Net's planner takes no 0.
+            "nnUNet_def_n_proc": "1",
+            "nnUNet_n_proc_DA": "0",
             "nnUNet_compile": "f",
             "nnUNet_wandb_enabled": "0",
             "PYTHONUNBUFFERED": "1",
@@ -209,7 +210,7 @@ class Demo:
         self.plan()
         self.write_plans(dataset.name)
         self.train()
-        predictions = {title: self.predict(dataset, title) for title in self.entries}
+        predictions = self.predict(dataset)
         dice = {title: dice_per_case(dataset / "labelsTs", folder) for title, folder in predictions.items()}
         print(f"\n{dice_table(dice)}\n")
         self.draw(dataset, predictions, dice)
@@ -217,12 +218,10 @@ class Demo:
 
     def plan(self) -> None:
         """Fingerprint, plans, preprocessing."""
-        processes = self.environment["nnUNet_def_n_proc"]
-        self._run(
-            "nnUNetv2_plan_and_preprocess",
-            ["-d", str(DATASET_ID), "-pl", PLANNER, "-c", CONFIGURATION, "-npfp", processes, "-np", processes],
-            Progress(),
-        )
+        name = "nnUNetv2_plan_and_preprocess"
+        options = ["-d", str(DATASET_ID), "-pl", PLANNER, "-c", CONFIGURATION, "-npfp", "1", "-np", "1"]
+        command = self._shown(name, options)
+        self._tell_seconds(run_logged(command, self.logs / f"{name}.txt", self.environment, Progress()))
 
     def write_plans(self, dataset_name: str) -> None:
         """A copy of the plans file for each entry, with the length of the training and the entry's settings."""
@@ -239,43 +238,25 @@ class Demo:
               f"epochs of\n{length['num_iterations_per_epoch']} iterations.")
 
     def train(self) -> None:
-        """Each entry's model, on all labelled cases; on the CPU side by side, one core each.
-
-        On patches so small a second thread gains nothing; where other programs run, two wait for each other.
-        """
-        logs = {title: self.logs / f"train_{title}.txt" for title in self.entries}
-        calls = {title: self._shown(
+        """Each entry's model, on all labelled cases."""
+        self._run_each(
             "nnUNetv2_train",
-            [str(DATASET_ID), CONFIGURATION, "all", "-tr", entry.trainer, "-p", entry.plans_name(title),
-             "-device", self.device],
-        ) for title, entry in self.entries.items()}  # fmt: skip
-        # For images so small, starting processes costs more than they would save.
-        environment = self.environment | {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
-
-        def train(title: str, cores: Sequence[int] | None, stop_if_asked: Callable[[], None]) -> None:
-            run_watched(calls[title], logs[title], environment, stop_if_asked, cores)
-
-        slots: list[Sequence[int] | None] = [None]
-        if self.device == "cpu" and hasattr(os, "sched_getaffinity"):
-            slots = [[core] for core in sorted(os.sched_getaffinity(0))[:len(self.entries)]]
-        progress = Progress(len(logs) * EPOCHS, "epoch", lambda: sum(map(finished_epochs, logs.values())))
-        started = time.monotonic()
-        with progress.bar() as look:
-            share_out(list(calls), slots, train, look)
-        self._tell_seconds(time.monotonic() - started)
-
-    def predict(self, dataset: Path, title: str) -> Path:
-        """Folder with the test cases' predictions."""
-        entry, output = self.entries[title], self.work / "predictions" / title
-        self._run(
-            "nnUNetv2_predict",
-            ["-i", str(dataset / "imagesTs"), "-o", str(output), "-d", str(DATASET_ID), "-c", CONFIGURATION,
-             "-f", "all", "-tr", entry.trainer, "-p", entry.plans_name(title), "-device", self.device,
-             "-npp", "0", "-nps", "0"],
-            Progress(TEST, "case", lambda: len(list(output.glob("*.nii.gz")))),
-            self.logs / f"predict_{title}.txt",
+            {title: [str(DATASET_ID), CONFIGURATION, "all", "-tr", entry.trainer, "-p", entry.plans_name(title),
+                     "-device", self.device] for title, entry in self.entries.items()},
+            EPOCHS, "epoch", lambda title: finished_epochs(self._log("nnUNetv2_train", title)),
         )  # fmt: skip
-        return output
+
+    def predict(self, dataset: Path) -> dict[str, Path]:
+        """Folder with the test cases' predictions, for each entry."""
+        outputs = {title: self.work / "predictions" / title for title in self.entries}
+        self._run_each(
+            "nnUNetv2_predict",
+            {title: ["-i", str(dataset / "imagesTs"), "-o", str(outputs[title]), "-d", str(DATASET_ID), "-c",
+                     CONFIGURATION, "-f", "all", "-tr", entry.trainer, "-p", entry.plans_name(title), "-device",
+                     self.device, "-npp", "0", "-nps", "0"] for title, entry in self.entries.items()},
+            TEST, "case", lambda title: len(list(outputs[title].glob("*.nii.gz"))),
+        )  # fmt: skip
+        return outputs
 
     def draw(self, dataset: Path, predictions: Mapping[str, Path], dice: Mapping[str, DicePerCase]) -> None:
         """Picture of the first test cases."""
@@ -299,9 +280,35 @@ class Demo:
         title = f"Phantom, {LABELLED} labelled and {UNLABELLED} unlabelled training images: first test images"
         save_overview(rows, LABELS, title, self.picture)
 
-    def _run(self, name: str, arguments: Sequence[str], progress: Progress, log: Path | None = None) -> None:
-        command = self._shown(name, arguments)
-        self._tell_seconds(run_logged(command, log or self.logs / f"{name}.txt", self.environment, progress))
+    def _run_each(
+        self, name: str, arguments: Mapping[str, Sequence[str]], total: int, unit: str, done: Callable[[str], int]
+    ) -> None:
+        """A command for each entry; on the CPU side by side, one core each.
+
+        On patches so small a second thread gains nothing; where other programs run, two wait for each other.
+
+        Args:
+            name: Of the command.
+            arguments: Per title.
+            total: What one of them does, in ``unit``.
+            unit: Shown by the progress bar.
+            done: How much the command of an entry has done.
+        """
+        commands = {title: self._shown(name, own) for title, own in arguments.items()}
+
+        def run(title: str, cores: Sequence[int] | None, stop_if_asked: Callable[[], None]) -> None:
+            run_watched(commands[title], self._log(name, title), self.environment, stop_if_asked, cores)
+
+        slots: list[Sequence[int] | None] = [None]
+        if self.device == "cpu" and hasattr(os, "sched_getaffinity"):
+            slots = [[core] for core in sorted(os.sched_getaffinity(0))[:len(commands)]]
+        started = time.monotonic()
+        with Progress(len(commands) * total, unit, lambda: sum(map(done, commands))).bar() as look:
+            share_out(list(commands), slots, run, look)
+        self._tell_seconds(time.monotonic() - started)
+
+    def _log(self, name: str, title: str) -> Path:
+        return self.logs / f"{name}_{title}.txt"
 
     def _shown(self, name: str, arguments: Sequence[str]) -> list[str]:
         """The command, printed as the user would type it."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from math import isfinite, nan
+from collections.abc import Callable, Iterable, Mapping
+from math import inf, isfinite, nan
 
 import matplotlib
 
@@ -22,10 +23,21 @@ from nnunetv2_semi.data.atomic_files import whole_file  # noqa: E402
 from nnunetv2_semi.methods.contract import Term  # noqa: E402
 
 PREFIX = "semi/"
+# nnU-Net's picture of 16 million pixels takes seconds, which is much where an epoch does too.
+PLOTTING_SHARE = 0.05  # of the time of training, at most
 
 
 class SemiLocalLogger(LocalLogger):
-    """nnU-Net's local logger that takes new keys, and adds their curves under its own in progress.png."""
+    """nnU-Net's local logger that takes new keys, and adds their curves under its own in progress.png.
+
+    Args:
+        num_epochs: How many epochs the training has.
+    """
+
+    def __init__(self, num_epochs: Callable[[], int]) -> None:
+        super().__init__()
+        self._num_epochs = num_epochs
+        self._next_plot = -inf
 
     def log(self, key: str, value: object, epoch: int) -> None:
         """Log one value of an epoch; a key that starts later than the others is nan before."""
@@ -34,7 +46,18 @@ class SemiLocalLogger(LocalLogger):
         super().log(key, value, epoch)
 
     def plot_progress_png(self, output_folder: str) -> None:
-        """nnU-Net's progress.png with one more panel: everything logged under ``semi/``."""
+        """nnU-Net's progress.png with one more panel: everything logged under ``semi/``.
+
+        It is drawn after each epoch, or, where epochs are short, after the last one and as often as `PLOTTING_SHARE`
+        permits.
+        """
+        begun = time.monotonic()
+        if begun < self._next_plot and len(self.my_fantastic_logging["epoch_end_timestamps"]) < self._num_epochs():
+            return
+        self._plot(output_folder)
+        self._next_plot = begun + (time.monotonic() - begun) / PLOTTING_SHARE
+
+    def _plot(self, output_folder: str) -> None:
         curves = {key: values for key, values in self.my_fantastic_logging.items() if key.startswith(PREFIX)}
         # nnU-Net draws as many epochs as its shortest list has: a term that ended must not end the picture.
         epochs = len(self.my_fantastic_logging["epoch_end_timestamps"])

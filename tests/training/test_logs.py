@@ -10,6 +10,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from PIL import Image
 
 from nnunetv2_semi.methods.contract import Term
+from nnunetv2_semi.training import logs
 from nnunetv2_semi.training.logs import EpochValues, SemiLocalLogger, log_values, to_floats, values_of_terms
 
 
@@ -46,7 +47,7 @@ def test_values_go_to_the_loggers_by_epoch_and_into_the_log_with_their_weights()
 
 
 def test_a_value_that_starts_late_or_pauses_has_one_entry_per_epoch():
-    logger = SemiLocalLogger()
+    logger = SemiLocalLogger(lambda: 5)
     for epoch, value in ((2, 5.0), (4, 6.0)):
         logger.log("semi/loss_prel", value, epoch)
     values = logger.my_fantastic_logging["semi/loss_prel"]
@@ -63,7 +64,7 @@ def stock_picture(monkeypatch):
 
 
 def logger_with(**semi):
-    logger = SemiLocalLogger()
+    logger = SemiLocalLogger(lambda: 3)
     logger.my_fantastic_logging["epoch_end_timestamps"] = [1.0, 2.0, 3.0]
     for key, values in semi.items():
         logger.my_fantastic_logging[f"semi/{key}"] = values
@@ -83,6 +84,25 @@ def test_our_panels_are_below_nnunets_picture(stock_picture, tmp_path):
     first, *further = np.diff([200, *heights])
     assert first > 0 and further == [first, first], "a panel for each kind of value"
     assert [file.name for file in tmp_path.iterdir()] == ["progress.png"]
+
+
+def test_the_picture_takes_a_small_share_of_the_time_and_is_there_at_the_end(monkeypatch, tmp_path):
+    seconds, drawn = [0.0], []
+
+    def draw(self, folder):
+        drawn.append(len(self.my_fantastic_logging["epoch_end_timestamps"]))
+        seconds[0] += 3
+
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", draw)
+    monkeypatch.setattr(logs.time, "monotonic", lambda: seconds[0])
+    for epoch_seconds, expected in ((10, [1, 7, 13, 15]), (60, list(range(1, 16)))):
+        logger = SemiLocalLogger(lambda: 15)
+        drawn.clear()
+        for epoch in range(15):
+            seconds[0] += epoch_seconds
+            logger.log("epoch_end_timestamps", seconds[0], epoch)
+            logger.plot_progress_png(str(tmp_path))
+        assert drawn == expected
 
 
 def test_a_curve_that_ended_does_not_end_the_picture(stock_picture, tmp_path):
