@@ -112,7 +112,9 @@ def share_out(
     work: Callable[[Task, Slot, Callable[[], None]], None],
     look: Callable[[], None],
 ) -> None:
-    """Do all tasks, one at a time on each slot, in threads of this process. What ``work`` raises ends all work.
+    """Do all tasks, one at a time on each slot, in threads of this process.
+
+    What ``work`` raises ends all work, and is raised.
 
     Args:
         tasks: Begun in this order.
@@ -131,15 +133,18 @@ def share_out(
             raise Stopped
 
     def work_on(slot: Slot) -> None:
-        try:
-            while True:
-                stop_if_asked()
-                work(waiting.get_nowait(), slot, stop_if_asked)
-        except (queue.Empty, Stopped):
-            return
-        except BaseException:
-            stop.set()
-            raise
+        while not stop.is_set():
+            try:
+                task = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                work(task, slot, stop_if_asked)
+            except Stopped:
+                return
+            except BaseException:
+                stop.set()
+                raise
 
     with ThreadPoolExecutor(len(slots)) as threads:
         try:
