@@ -31,7 +31,7 @@ from nnunetv2_semi.processes.commands import (
     run_logged,
     run_watched,
 )
-from nnunetv2_semi.processes.pool import share_out
+from nnunetv2_semi.processes.pool import core_numbers, share_out
 
 # So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
 # 2D, so that 800 iterations, after which the control lacks labels and not time, take minutes on a processor.
@@ -299,12 +299,10 @@ class Demo:
         def run(title: str, cores: Sequence[int] | None, stop_if_asked: Callable[[], None]) -> None:
             run_watched(commands[title], self._log(name, title), self.environment, stop_if_asked, cores)
 
-        slots: list[Sequence[int] | None] = [None]
-        if self.device == "cpu" and hasattr(os, "sched_getaffinity"):
-            slots = [[core] for core in sorted(os.sched_getaffinity(0))[:len(commands)]]
+        cores = core_numbers()[:len(commands)] if self.device == "cpu" else []
         started = time.monotonic()
         with Progress(len(commands) * total, unit, lambda: sum(map(done, commands))).bar() as look:
-            share_out(list(commands), slots, run, look)
+            share_out(list(commands), [[core] for core in cores] or [None], run, look)
         self._tell_seconds(time.monotonic() - started)
 
     def _log(self, name: str, title: str) -> Path:

@@ -28,9 +28,14 @@ class Stopped(Exception):
     """The work is to end: it was stopped, or other work beside it failed."""
 
 
+def core_numbers() -> list[int]:
+    """The cores this process may use; none where the system does not tell (macOS, Windows)."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def allowed_cores() -> int:
     """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(core_numbers()) or os.cpu_count() or 1
 
 
 def default_processes() -> int:

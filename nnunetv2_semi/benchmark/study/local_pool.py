@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -11,7 +10,7 @@ from nnunetv2_semi.benchmark.study.jobs import Job
 from nnunetv2_semi.benchmark.study.progress import StudyBar
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed
-from nnunetv2_semi.processes.pool import Stopped, share_out
+from nnunetv2_semi.processes.pool import Stopped, core_numbers, share_out
 
 
 def run_on_devices(jobs: Sequence[Job], devices: Sequence[str], bar: StudyBar) -> None:
@@ -58,10 +57,9 @@ def check_devices(devices: Sequence[str]) -> list[str]:
 
 def _cores(devices: Sequence[str]) -> list[Sequence[int] | None]:
     """Cores per device: several trainings on the CPU share them out, others take what they find."""
-    on_cpu = sum(device == "cpu" for device in devices)
-    if on_cpu < 2 or not hasattr(os, "sched_getaffinity"):
+    on_cpu, cores = sum(device == "cpu" for device in devices), core_numbers()
+    if on_cpu < 2 or not cores:
         return [None] * len(devices)
-    cores = sorted(os.sched_getaffinity(0))
     if on_cpu > len(cores):
         raise UserError(f"{on_cpu} trainings at a time on the CPU, but there are {len(cores)} cores.")
     shares = iter([cores[part::on_cpu] for part in range(on_cpu)])
