@@ -20,7 +20,7 @@ STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
            "busi64": "breast ultrasound, 64 of 456 labelled, all benign",
            "busi64_6000": "the same, 6000 iterations",
            "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
-COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not to be told from chance
+COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not distinguishable from it
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         axes.set_yticks(range(len(rows)), rows.method)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(title, loc="left", fontsize="medium")
-    panels[-1].set_xlabel("Dice minus that of nnU-Net's own training, and its 95 % interval")
+    panels[-1].set_xlabel("Dice minus that of the supervised control, and its 95 % interval")
     figure.savefig(HERE / "gains.png", dpi=110)
 
 
