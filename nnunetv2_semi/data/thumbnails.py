@@ -25,7 +25,7 @@ _RELATIVE_CONTRAST = 1e-6  # less is rounding
 
 
 def thumbnail(image: np.ndarray) -> str:
-    """The thumbnail of a finite image (X, Y, Z), as text; "" where all voxels are equal.
+    """The thumbnail of a finite image (X, Y, Z), as text; "" where all voxels are equal, or sums of them too large.
 
     An axis of one voxel, as readers give it to 2D images, counts as none.
     """
@@ -33,6 +33,8 @@ def thumbnail(image: np.ndarray) -> str:
     image = image.reshape((1,) * (2 - image.ndim) + image.shape)
     side, pool = _SIDES[image.ndim], getattr(functional, f"adaptive_avg_pool{image.ndim}d")
     small = pool(torch.from_numpy(np.ascontiguousarray(image, np.float32))[None], side)[0].double().numpy()
+    if not np.isfinite(small).all():  # a sum of -3.4e38, with which some programs mark where nothing was measured
+        return ""
     small -= uniform_filter(small, 3, mode="nearest")
     largest = np.abs(small).max()
     if largest <= _RELATIVE_CONTRAST * np.abs(image).max():

@@ -47,6 +47,13 @@ def test_an_image_without_contrast_is_like_nothing():
     assert look_alikes([], [thumbnail(scan(0))]) == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_values_too_large_to_be_averaged_are_like_nothing():
+    image = scan(0)
+    image[:8] = np.finfo(np.float32).min
+    assert thumbnail(image) == ""
+
+
 def test_pairs_are_those_of_a_plain_correlation():
     rng = np.random.default_rng(0)
     images = [scan(seed, (10, 11, 12)) for seed in range(4)]
