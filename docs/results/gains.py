@@ -20,7 +20,7 @@ STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
            "busi64": "breast ultrasound, 64 of 456 labelled, all benign",
            "busi64_6000": "the same, 6000 iterations",
            "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
-COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not distinguishable from it
+COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not distinguishable from the control
 
 
 def main() -> None:

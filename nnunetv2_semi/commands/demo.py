@@ -34,7 +34,7 @@ from nnunetv2_semi.processes.commands import (
 from nnunetv2_semi.processes.pool import core_numbers, share_out
 
 # So few labelled cases do not show all contrasts, shapes and bias fields that the unlabelled ones do. The images are
-# 2D, so that 800 iterations, after which the control lacks labels and not time, take minutes on a processor.
+# 2D, so that 800 iterations take minutes on a processor.
 LABELLED, UNLABELLED, TEST = 4, 60, 20
 SHAPE = (64, 64)
 DATASET_ID = 1
