@@ -140,6 +140,19 @@ def test_a_smaller_student_is_trained_compared_and_left_alone_afterwards(
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert json.loads((out / "distill.json").read_text()) == content
 
+    # other data
+    label = min((raw / DATASET / "labelsTr").iterdir())
+    kept = label.read_bytes()
+    image = sitk.ReadImage(str(label))
+    image[0, 0, 0] = 1 - image[0, 0, 0]
+    sitk.WriteImage(image, str(label))
+    try:
+        assert cli.main(CALL) == 1
+        assert (f"{DATASET} has changed since the student's training began with it: labelsTr/{label.name}. Give anothe"
+                in capsys.readouterr().err)
+    finally:
+        label.write_bytes(kept)
+
     # another teacher under the same name
     checkpoint_file = teacher / "fold_0" / "checkpoint_final.pth"
     kept = checkpoint_file.read_bytes()

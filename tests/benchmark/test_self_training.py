@@ -196,6 +196,31 @@ def test_finished_it_does_nothing_more_and_mixes_no_options(here: Path, capsys: 
                            (["--finetune", "0.4"], "finetune was 0.0, now 0.4")):
         assert cli.main([*CALL, *option]) == 1
         assert change in capsys.readouterr().err
+    assert contents(here) == before
+
+
+def test_models_of_other_labels_or_images_are_not_taken_up(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (here / "nnUNet_results" / NEW).exists():
+        pytest.skip("a test before made nothing")
+    record = here / "nnUNet_results" / SOURCE / f"selftrain__{MODEL}__fold_0_data.json"
+    noted = record.read_bytes()
+    assert {name.split("/")[0] for name in json.loads(noted)} == {"imagesTr", "labelsTr", "imagesUn",
+                                                                  "splits_final.json"}
+    for folder in ("labelsTr", "imagesUn"):
+        file = min((here / "nnUNet_raw" / SOURCE / folder).iterdir())
+        before = file.read_bytes()
+        image = sitk.ReadImage(str(file))
+        image[0, 0, 0] = 1 - image[0, 0, 0]
+        sitk.WriteImage(image, str(file))
+        try:
+            assert cli.main(CALL) == 1
+        finally:
+            file.write_bytes(before)
+        assert (f"{SOURCE} has changed since the self-training began with it: {folder}/{file.name}. Begin anew: "
+                in capsys.readouterr().err)
+        assert record.read_bytes() == noted
+    record.unlink()  # as with models of earlier versions
+    assert cli.main(CALL) == 0 and record.read_bytes() == noted
 
 
 def test_results_of_a_version_without_some_options_are_gone_on_with(

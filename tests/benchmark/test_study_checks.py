@@ -16,6 +16,7 @@ from nnunetv2_semi.benchmark.command import study_runs
 from nnunetv2_semi.benchmark.study import cluster, local_pool, planned_data, preparation
 from nnunetv2_semi.benchmark.study.comparability import check_data_sets
 from nnunetv2_semi.benchmark.study.trainer_facts import Question, trainer_facts
+from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.errors import UserError
 
 STUDY = "datasets: [1]\ntrainers: [nnUNetTrainerSemiSupervised]\n"
@@ -90,13 +91,15 @@ def test_one_labelled_case_makes_no_fold(tmp_path):
 
 def test_other_splits_matter_to_trainings_of_folds_alone(tmp_path, monkeypatch):
     now = {"imagesTr/a_0000.nii.gz": "1", "splits_final.json": "2"}
-    monkeypatch.setattr(planned_data, "_digests", lambda job: dict(now))
+    monkeypatch.setattr(TrainingData, "digests", lambda data: dict(now))
     plans = tmp_path / "P.json"
     plans.touch()
 
     def begun(fold):
         return SimpleNamespace(dataset="Dataset001_A", fold=fold, begun_with=lambda: "digest", folder="run",
-                               model="model", study=SimpleNamespace(folder=tmp_path), base_plans_file=plans)
+                               model="model", study=SimpleNamespace(folder=tmp_path), base_plans_file=plans,
+                               raw=tmp_path / "Dataset001_A", plans_file=plans,
+                               own_plans=lambda: {"image_reader_writer": "SimpleITKIO"})
 
     planned_data.note_data(begun("all"))
     now["splits_final.json"] = "3"

@@ -10,6 +10,7 @@ from nnunetv2_semi.benchmark.datasets.source_cases import read_source
 from nnunetv2_semi.benchmark.self_training.models import run_shown
 from nnunetv2_semi.benchmark.study.execution import FINAL, continue_option
 from nnunetv2_semi.benchmark.study.jobs import Folders
+from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import Progress, exclusive_exit_status_of, finished_epochs
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tr is None and args.m is None:
         raise UserError("Name the teacher: -tr TRAINER [-p PLANS] [-c CONFIGURATION], or -m FOLDER.")
     # Imports torch.
-    from nnunetv2_semi.benchmark.distillation.start import checked_start
+    from nnunetv2_semi.benchmark.distillation.start import ALL, checked_start
     from nnunetv2_semi.networks.trained_ensemble import TrainedModel
 
     source = read_source(args.d)
@@ -66,8 +67,14 @@ def run(args: argparse.Namespace) -> int:
     name = f"{RESULT}__{start.model_folder.name}__fold_{start.fold}"
     out = (args.out or results / name).resolve()
     results.mkdir(parents=True, exist_ok=True)
+    data = TrainingData(Path(source.folder), start.preprocessed, start.plans["image_reader_writer"])
+    record = results / f"{name}_data.json"
 
     def work() -> int:
+        if any((start.model_folder / f"fold_{start.fold}").glob("checkpoint_*.pth")):
+            data.check_same(record, start.fold != ALL, "the student's training", "Give another name with --name, or "
+                            f"remove the student, {start.model_folder}.")
+        data.note(record)
         _train(start, out, args.device, args.num_gpus)
         _compare(start, out, args.device, mirroring=not args.disable_tta)
         return 0

@@ -18,6 +18,7 @@ from nnunetv2_semi.benchmark.self_training.stability_picture import overlay_rows
 from nnunetv2_semi.benchmark.self_training.unstable_voxels import with_ignore_label, write_stable_labels
 from nnunetv2_semi.benchmark.study.execution import SELFTRAIN_RESULT
 from nnunetv2_semi.benchmark.study.jobs import Folders
+from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
@@ -27,6 +28,8 @@ from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_
 from nnunetv2_semi.processes.pool import default_processes, processes_to_read
 
 OPTIONS = "selftrain_options.json"
+ANEW = ("Begin anew: with another --out, and without this self-training's models and data sets, or with a copy of the "
+        "plans under another name.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +75,14 @@ def run(args: argparse.Namespace) -> int:
     name = f"selftrain__{options.model_name}__fold_{options.fold}"
     out = (args.out or results / name).resolve()
     results.mkdir(parents=True, exist_ok=True)
+    data = TrainingData(Path(source.folder), folders.preprocessed / source.name, start.reader.__name__)
+    record = results / f"{name}_data.json"
 
     def work() -> int:
         _write_options(out / OPTIONS, asdict(options))
+        if any((results / options.model_name / f"fold_{options.fold}").glob("checkpoint_*.pth")):
+            data.check_same(record, options.fold != "all", "the self-training", ANEW)
+        data.note(record)
         SelfTraining(start, folders, out, args.device, args.num_gpus).run(args.rounds)
         return 0
 
@@ -186,9 +194,7 @@ class SelfTraining:
             scores = stability.read_scores(table)
             if set(scores) != set(self.source.unlabelled):
                 changed = ", ".join(sorted(set(scores) ^ set(self.source.unlabelled)))
-                raise UserError(f"Other cases are unlabelled than when {table.parent} was made: {changed}. Begin anew "
-                                "with another --out, and remove this self-training's models and data sets, or train "
-                                "with a copy of the plans under another name.")
+                raise UserError(f"Other cases are unlabelled than when {table.parent} was made: {changed}. {ANEW}")
         else:
             rated = stability.stability_of_cases(final, others, self.files, self.start.structures,
                                                  self.start.reader, default_processes())

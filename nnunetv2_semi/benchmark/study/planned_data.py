@@ -6,23 +6,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from nnunetv2_semi import compat
-from nnunetv2_semi.benchmark.study.jobs import Folders, Job, digest
+from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Study
-from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.benchmark.training_data import TrainingData
+from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.dataset_json import read_dataset_json
-from nnunetv2_semi.data.splits_file import SPLITS_FILE, read_splits, splits_path
+from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
 from nnunetv2_semi.processes.pool import default_processes
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
-
-if TYPE_CHECKING:
-    from nnunetv2_semi.data.file_contents import FileContent
 
 EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
 
@@ -119,8 +116,9 @@ def name_test_cases_in_training(job: Job) -> None:
     from nnunetv2_semi.data.raw_cases import list_test_cases
 
     test = list_test_cases(str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json")))
-    training = _training_images(job)
-    contents = _contents(job, [file for files in (*training.values(), *test.values()) for file in files])
+    data = _training_data(job)
+    training = data.images()
+    contents = data.contents([file for files in (*training.values(), *test.values()) for file in files])
     same, alike = (find(test, contents, training) for find in (find_duplicates, find_look_alikes))
     for pairs, what in ((same, "are the same image"), (alike, LOOK_ALIKE)):
         if pairs:
@@ -136,57 +134,22 @@ def check_data_unchanged(jobs: Sequence[Job]) -> None:
         UserError: They are not; with what changed.
     """
     begun = [job for job in jobs if job.begun_with() is not None]
-    before = read_json_object(str(_data_record(jobs[0])))
-    if not begun or before is None or not jobs[0].base_plans_file.is_file():
-        return
-    now = _digests(jobs[0])
-    # splits decide nothing for the fold "all", and may come, go or change
-    own = {*before, *now} - (set() if any(isinstance(job.fold, int) for job in begun) else {SPLITS_FILE})
-    changed = sorted(name for name in own if before.get(name) != now.get(name))
-    if changed:
+    if begun and jobs[0].base_plans_file.is_file():
         names = "\n  ".join(f"{job.folder}, model {job.model}" for job in begun[:5])
-        raise UserError(f"{jobs[0].dataset} has changed since {len(begun)} trainings of the study began with it: "
-                        f"{', '.join(changed[:10])}{' ...' if changed[10:] else ''}. These cannot be compared with new "
-                        f"ones:\n  {names}\nGive the study file another name, or remove these folders and models.")
+        _training_data(jobs[0]).check_same(
+            _data_record(jobs[0]), any(job.fold != "all" for job in begun), f"{len(begun)} trainings of the study",
+            f"These cannot be compared with new ones:\n  {names}\nGive the study file another name, or remove these "
+            "folders and models.")
 
 
 def note_data(job: Job) -> None:
     """Write down what `check_data_unchanged` compares."""
-    write_json_whole(str(_data_record(job)), _digests(job))
+    _training_data(job).note(_data_record(job))
 
 
 def _data_record(job: Job) -> Path:
     return job.study.folder / f"data_{job.dataset}.json"
 
 
-def _digests(job: Job) -> dict[str, str]:
-    """Of each image and label of the training cases, by its place in the raw data set, and of nnU-Net's splits."""
-    from nnunetv2_semi.data.label_files import label_files
-
-    labels = list(label_files(str(job.raw), read_dataset_json(str(job.raw / "dataset.json"))).values())
-    images = [file for files in _training_images(job).values() for file in files]
-    contents = {**_contents(job, images), **_contents(job, labels, labels=True)}
-    digests = {os.path.relpath(file, job.raw): digest([content.digest, content.spacing])
-               for file, content in contents.items()}
-    splits = splits_path(job.plans_file.parent)
-    if os.path.isfile(splits):
-        digests[SPLITS_FILE] = digest(read_splits(splits))
-    return digests
-
-
-def _training_images(job: Job) -> dict[str, list[str]]:
-    """Image files of each labelled and unlabelled case."""
-    from nnunetv2_semi.data.raw_cases import list_labelled_cases, list_unlabelled_cases
-
-    dataset_json = read_dataset_json(str(job.raw / "dataset.json"))
-    return {**list_labelled_cases(str(job.raw), dataset_json), **list_unlabelled_cases(str(job.raw), dataset_json)}
-
-
-def _contents(job: Job, files: Sequence[str], labels: bool = False) -> dict[str, FileContent]:
-    """What files of the raw data set hold, of those that can be read."""
-    from nnunetv2_semi.data.file_contents import file_contents
-
-    contents, _ = file_contents(
-        files, labels=labels, cache_folder=str(job.plans_file.parent), raw_dataset_folder=str(job.raw),
-        reader_name=job.own_plans()["image_reader_writer"], num_processes=default_processes())
-    return contents
+def _training_data(job: Job) -> TrainingData:
+    return TrainingData(job.raw, job.plans_file.parent, job.own_plans()["image_reader_writer"])
