@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -164,6 +165,9 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self.settings.rotation is not None:
             largest = float(np.deg2rad(self.settings.rotation))
             rotation = (-largest, largest)
+            needed = get_patch_size(self.configuration_manager.patch_size, *[rotation] * 3, (0.85, 1.25))
+            turned = slice(1 if dummy_2d else 0, None)
+            initial_patch_size[turned] = np.maximum(initial_patch_size[turned], needed[turned])
         if not self.settings.mirroring:
             mirror_axes = self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial_patch_size, mirror_axes
@@ -173,6 +177,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         unlabelled = None
         on_first_process(lambda: batches.check_labelled(self))
         on_first_process(lambda: splits.prepare_split(self))  # before what may take hours
+        splits.name_cases_left_out(self)
         if self.method_class.uses_unlabelled:
             unlabelled = on_first_process(lambda: batches.prepare(self, self.settings))
         training, validation = compat.plain_dataloaders(super().get_dataloaders)
@@ -227,11 +232,14 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         if self._bar is not None:
             self._bar.update()
         supervised = [floats[f"loss_{term.name}"] for term in terms if term.applies and term.supervised]
-        return {"loss": float(np.mean(supervised or [np.nan]))}
+        return {"loss": float(np.mean(supervised)) if supervised else None}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         self._close_bar()
-        super().on_train_epoch_end(train_outputs)
+        # A step whose labelled patches all lack the modality has no loss. nnU-Net needs as many from each process.
+        losses = [single["loss"] for single in train_outputs]
+        mean = float(np.mean([loss for loss in losses if loss is not None] or [np.nan]))
+        super().on_train_epoch_end([{"loss": mean if loss is None else loss} for loss in losses])
         self.method.after_epoch()
         means = mean_over_processes(self._epoch_values.means())
         means["skipped_steps"] *= self.num_iterations_per_epoch

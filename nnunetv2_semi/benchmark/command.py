@@ -94,9 +94,9 @@ def study_runs(file: Path) -> tuple[Study, Sequence[PredictedRun]]:
     """A study and the finished ones of its trainings, for the report; tells which are not finished.
 
     Raises:
-        UserError: None is.
+        UserError: None is, or they are of other settings, plans or test images than there are now.
     """
-    from nnunetv2_semi.benchmark.study.comparability import check_unchanged
+    from nnunetv2_semi.benchmark.study.comparability import check_predicted_images, check_unchanged
     from nnunetv2_semi.benchmark.study.preparation import list_jobs
 
     study = read_study(file)
@@ -105,6 +105,7 @@ def study_runs(file: Path) -> tuple[Study, Sequence[PredictedRun]]:
     if not finished:
         raise UserError(f"No training of {file} is finished. Start it: nnunetv2_semi benchmark run {file}")
     check_unchanged(finished)
+    check_predicted_images(finished)
     _tell_unfinished([job for job in jobs if job.state != "finished"])
     return study, [job.predicted() for job in finished]
 

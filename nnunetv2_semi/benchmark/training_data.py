@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,7 @@ class TrainingData:
                                     num_processes=default_processes())
         return contents
 
+    @cached_property
     def digests(self) -> dict[str, str]:
         """Of each image and label, by its place in the raw data set, and of nnU-Net's splits where there are any."""
         from nnunetv2_semi.data.label_files import label_files
@@ -76,7 +78,7 @@ class TrainingData:
         before = read_json_object(str(record))
         if before is None:
             return
-        now = self.digests()
+        now = self.digests
         decisive = {*before, *now} - (set() if splits_matter and SPLITS_FILE in before else {SPLITS_FILE})
         changed = sorted(name for name in decisive if before.get(name) != now.get(name))
         if changed:
@@ -84,4 +86,4 @@ class TrainingData:
 
     def note(self, record: Path) -> None:
         """Write down what `check_same` compares."""
-        write_json_whole(str(record), self.digests())
+        write_json_whole(str(record), self.digests)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from nnunetv2_semi.precision import without_autocast
 from nnunetv2_semi.present_channels import fill_absent, present_channels
 
 
@@ -73,5 +74,5 @@ class AffineViews:
         relative = (self.matrices * sides / sides[:, None]).flip(1, 2)
         theta = torch.cat([relative, relative.new_zeros(*relative.shape[:2], 1)], 2)
         # In half precision positions would be wrong by up to 0.15 voxels of a patch of 320.
-        with torch.autocast(theta.device.type, enabled=False):
+        with without_autocast(theta.device):
             return F.affine_grid(theta, [len(theta), 1, *self.shape], align_corners=False)

@@ -146,5 +146,8 @@ def _content_or_reason(read: Callable[[str], Content], path: str) -> tuple[Conte
 
 
 def _cache_key(path: str, raw_dataset_folder: str) -> str:
-    relative = os.path.relpath(path, raw_dataset_folder)
+    try:
+        relative = os.path.relpath(path, raw_dataset_folder)
+    except ValueError:  # on another drive of Windows
+        relative = os.pardir
     return os.path.abspath(path) if relative.startswith(os.pardir) else relative

@@ -100,10 +100,14 @@ def disagreement_message(found: Comparison, raw_dataset_folder: str, folder: str
     """Which cases differ, and how to mend it."""
     findings = found.findings()
     splits = splits_path(os.path.dirname(folder))
-    named = [case for case in found.gone if os.path.isfile(splits) and f'"{case}"' in _text(splits)]
-    in_splits = (
-        f" {splits} names {shown(named)}: remove these cases there, or the file, of which nnU-Net then makes a new one "
-        f"(models trained before have other folds)." if named else ""
+    text = _text(splits) if os.path.isfile(splits) else None
+    named = [case for case in found.gone if text is not None and f'"{case}"' in text]
+    unnamed = [case for case in found.new if text is not None and f'"{case}"' not in text]
+    there = [f"names {shown(named)}: remove these cases there" if named else "",
+             f"does not name {shown(unnamed)}: add these cases there" if unnamed else ""]
+    in_splits = "".join(
+        f" {splits} {what}, or remove the file, of which nnU-Net then makes a new one (models trained before have "
+        f"other folds)." for what in there if what
     )
     return (
         f"{len(findings)} labelled case(s) in {folder} are not as in {raw_dataset_folder}: {shown(findings)}."

@@ -167,7 +167,7 @@ def _changed_and_unusable(
                 changed[case] = difference
             else:
                 thumbnails = [images[file].thumbnail for file in files[case][0]]
-                tasks.append((case, *files[case], thumbnails, _may_be_another(job.folder, case, *files[case])))
+                tasks.append((case, *files[case], thumbnails, _may_be_another(job, case, *files[case])))
         elif entry["raw"] != identity:
             tasks.append((case, *files[case], [], True))
     for (case, *_), (difference, problem) in results_in_parallel(
@@ -237,13 +237,13 @@ def _header_difference(job: PreprocessingJob, case: str, images: Sequence[FileCo
     return None
 
 
-def _may_be_another(folder: str, case: str, images: Sequence[str], label: str) -> bool:
+def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], label: str) -> bool:
     """Whether the files' times, or nnU-Net's copy of the label, leave open what the case was made of."""
-    made = os.path.getmtime(os.path.join(folder, f"{case}.pkl"))
+    made = os.path.getmtime(os.path.join(job.folder, f"{case}.pkl"))
     sources = [*images, label]
     if any(os.path.getmtime(file) > made for source in sources for file in (source, *companion_files(source))):
         return True
-    copy = os.path.join(os.path.dirname(folder), "gt_segmentations", os.path.basename(label))
+    copy = os.path.join(os.path.dirname(job.folder), "gt_segmentations", case + job.dataset_json["file_ending"])
     return os.path.isfile(copy) and not filecmp.cmp(copy, label, shallow=False)
 
 

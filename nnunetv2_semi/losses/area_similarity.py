@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 _EPS = 1e-6
 
@@ -41,7 +42,7 @@ def area_similarity_contrast(
                          f"and {tuple(areas_second.shape)}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    with torch.autocast(areas_first.device.type, enabled=False):
+    with without_autocast(areas_first.device):
         areas = single_precision(torch.cat([areas_first, areas_second]))
         logits = area_similarity(areas) / temperature
         itself = torch.eye(len(areas), dtype=torch.bool, device=areas.device)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 
 def channel_contrast(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.1,
@@ -32,7 +33,7 @@ def channel_contrast(first: torch.Tensor, second: torch.Tensor, temperature: flo
     if temperature <= 0 or normalise not in ("normalised", "released"):
         raise ValueError(f'temperature must be positive and normalise "normalised" or "released", got {temperature} '
                          f"and {normalise!r}")
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first.device):
         axis = -1 if normalise == "normalised" else -2
         first, second = (F.normalize(single_precision(tokens), dim=axis) for tokens in (first, second))
         similar = first @ second.mT  # (..., channels of first, channels of second)

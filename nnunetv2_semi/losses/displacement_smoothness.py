@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 
 def displacement_smoothness(displacement: torch.Tensor) -> torch.Tensor:
@@ -18,7 +19,7 @@ def displacement_smoothness(displacement: torch.Tensor) -> torch.Tensor:
     displacement: (B, n, *spatial), voxels. Axes of one voxel have no difference and do not count; where all are, 0.
     Half-precision input is computed in float32.
     """
-    with torch.autocast(displacement.device.type, enabled=False):
+    with without_autocast(displacement.device):
         displacement = single_precision(displacement)
         of_axes = [F.mse_loss(displacement.narrow(axis, 1, size - 1), displacement.narrow(axis, 0, size - 1))
                    for axis, size in enumerate(displacement.shape) if axis >= 2 and size > 1]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 _ROUNDING = 100  # units in the last place of a sum over a window
 
@@ -30,7 +31,7 @@ def local_ncc_map(image: torch.Tensor, reference: torch.Tensor, window: int = 9,
                          f"and {tuple(reference.shape)}")
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and positive, got {window}")
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         # Squares of intensities far from 0 would drown the variances in rounding. So the mean of a channel is taken off
         # everywhere, from the zeros around the image too.
         (first, around_first), (second, around_second) = _centred(image), _centred(reference)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 
 def two_class_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def rectified_pseudo_supervision(view: torch.Tensor, target: PseudoTarget, recti
     if view.shape != target.probability.shape:
         raise ValueError(f"view and target must have the same shape, got {tuple(view.shape)} "
                          f"and {tuple(target.probability.shape)}")
-    with torch.autocast(view.device.type, enabled=False):
+    with without_autocast(view.device):
         view = single_precision(view)
         if not rectify:
             return -(target.sharpened * view.log_softmax(1)).sum(1).mean()
@@ -70,7 +71,7 @@ def divergence(view: torch.Tensor, target: PseudoTarget) -> torch.Tensor:
 
 def cosine_consistency(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """L_cr = mean over voxels of 1 - cos(first, second), the cosine over channels of two (B, K, *spatial); a scalar."""
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first.device):
         return 1.0 - F.cosine_similarity(single_precision(first), single_precision(second), dim=1).mean()
 
 

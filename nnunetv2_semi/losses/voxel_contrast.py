@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 _ANCHORS_AT_ONCE = 1024  # so that their similarities stay in the cache
 
@@ -75,7 +76,7 @@ def voxel_contrast(view_1: torch.Tensor, view_2: torch.Tensor, classes: torch.Te
     chosen = [confident_of_other_classes(negatives, label, num_negatives) for label in present]
     sizes = [len(index) for index in chosen]
     every = negatives.features[torch.cat(chosen)] if chosen else negatives.features[:0]
-    with torch.autocast(view_1.device.type, enabled=False):
+    with without_autocast(view_1.device):
         total = _Contrast.apply(anchors, positives, every, counts, sizes, temperature)
         if bidirectional:
             total = total + _Contrast.apply(positives, anchors, every, counts, sizes, temperature)

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.losses.predictions import Logits, agreement
+from nnunetv2_semi.losses.predictions import Logits, agreement, all_scales
 from nnunetv2_semi.methods.arrangement import Images
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.optimization import Optimization
@@ -135,8 +135,15 @@ class Method(nn.Module):
 
     def supervised(self, output: Logits, target: Target, name: str = "supervised", weight: float = 1.0,
                    applies: bool = True) -> Term:
-        """nnU-Net's own loss as a term."""
-        return Term(name, self.context.supervised_loss(output, target), weight, supervised=True, applies=applies)
+        """nnU-Net's own loss as a term. Where it does not apply, a Dice over several processes counts none of it."""
+        value = self.context.supervised_loss(output, target) if applies else self._of_no_voxel(output)
+        return Term(name, value, weight, supervised=True, applies=applies)
+
+    def _of_no_voxel(self, output: Logits) -> torch.Tensor:
+        """nnU-Net's loss of no voxel, which exchanges sums with other processes as often as that of all voxels."""
+        finest = all_scales(output)[0]
+        nothing = finest.new_zeros((len(finest), finest.shape[1] if self.context.regions else 1, *finest.shape[2:]))
+        return self.context.weighted_loss(output, nothing, nothing)
 
     def unlabelled_weight(self, weight: float, ramp_fraction: float = 0.0) -> float:
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""

@@ -19,7 +19,7 @@ class Rows:
     """Some patches of a batch.
 
     index: of the patches, on the CPU; None for all of them. empty: there is no such patch, and ``of`` gives all, for a
-    term of weight 0: processes that train together must all compute it, since nnU-Net's loss exchanges sums.
+    term that does not apply: processes that train together must all compute it, since nnU-Net's loss exchanges sums.
     """
 
     index: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from torch import nn
 from nnunetv2_semi.losses.predictions import single_precision
 from nnunetv2_semi.networks.cost_volume import cost_volume
 from nnunetv2_semi.networks.warp import resize_displacement, warp
+from nnunetv2_semi.precision import without_autocast
 
 
 class CorrespondenceHead(nn.Module):
@@ -63,7 +64,7 @@ class CorrespondenceHead(nn.Module):
             # a cosine: the volume holds means over channels
             costs = cost_volume(fixed, moved, self.radius) * fixed.shape[1]
             likely = (costs / self.temperature).softmax(1)
-            with torch.autocast(likely.device.type, enabled=False):
+            with without_autocast(likely.device):
                 displacement = displacement + torch.einsum("bk...,kn->bn...", likely, self.shifts)
             displacement = displacement + estimator(torch.cat([costs, fixed, displacement], 1)).float()
         return resize_displacement(displacement, size)

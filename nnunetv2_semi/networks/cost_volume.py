@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nnunetv2_semi.precision import without_autocast
+
 _TILE_2D, _TILE_3D = (1, 4, 8), (2, 4, 4)
 _BYTES_PER_THREAD = 2**22  # handled at once, which stay in the cache
 _BYTES_ON_GPU = 2**28  # where the number of launches counts
@@ -156,7 +158,7 @@ def _rows(voxels: torch.Tensor) -> torch.Tensor:
 def _mean_product(first: torch.Tensor, second: torch.Tensor, channels: int) -> torch.Tensor:
     """Matrix products (N, I, K) @ (N, K, J), divided by ``channels`` before they are rounded to half precision."""
     products = first.new_empty(len(first), first.shape[1], second.shape[2])
-    with torch.autocast(first.device.type, enabled=False):
+    with without_autocast(first.device):
         return torch.baddbmm(products, first, second, beta=0, alpha=1 / channels, out=products)
 
 

@@ -37,6 +37,7 @@ from nnunetv2_semi.networks.sam_weights import (
     with_both_position_matrices,
     without_other_heads,
 )
+from nnunetv2_semi.precision import without_autocast
 
 # Of photographs, in units of 0 to 1, as SAM was trained.
 _PIXEL_MEAN = [value / 255 for value in (123.675, 116.28, 103.53)]
@@ -115,7 +116,7 @@ class SAMFoundation(FoundationModel):
 
     def pixels(self, image: torch.Tensor) -> torch.Tensor:
         """What the encoder gets of ``image`` (B, C, height, width): float32 (B, 3, image_size, image_size)."""
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image.device):
             side = self.image_size
             scaled = F.interpolate(unit_range(image.float()), (side, side), mode="bilinear", antialias=True)
             if self.to_three_channels is not None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from nnunetv2_semi.losses.predictions import single_precision
+from nnunetv2_semi.precision import without_autocast
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -29,7 +30,7 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: Literal["bilinea
     if displacement.shape != (len(image), len(sizes), *sizes):
         raise ValueError(f"an image {tuple(image.shape)} is warped by a displacement "
                          f"{(len(image), len(sizes), *sizes)}, got {tuple(displacement.shape)}")
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image.device):
         displacement = single_precision(displacement)
         positions = []  # from -1 at the first voxel to 1 at the last
         for axis, (size, along) in enumerate(zip(sizes, displacement.unbind(1), strict=True)):
@@ -50,7 +51,7 @@ def resize_displacement(displacement: torch.Tensor, size: Sequence[int]) -> torc
     if len(size) != len(old) or displacement.shape[1] != len(old):
         raise ValueError(f"a displacement (B, n, *spatial) and a size of n numbers are needed, got "
                          f"{tuple(displacement.shape)} and {tuple(size)}")
-    with torch.autocast(displacement.device.type, enabled=False):
+    with without_autocast(displacement.device):
         displacement = single_precision(displacement)
         resized = F.interpolate(displacement, tuple(size), mode=_LINEAR[len(old)], align_corners=True)
         ratio = [max(new - 1, 1) / max(before - 1, 1) for new, before in zip(size, old, strict=True)]

@@ -18,6 +18,7 @@ from nnunetv2_semi.data.dataset_settings import folder_name, named_channels, num
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.networks.deployment import Deployed
+from nnunetv2_semi.networks.one_modality import OneModality
 from nnunetv2_semi.onnx_export.description import FILE, description
 from nnunetv2_semi.onnx_export.graph import largest_difference, require_onnx, write_graph
 from nnunetv2_semi.onnx_export.patches import batches, patches_to_check_on
@@ -107,6 +108,11 @@ class _Model:
         return list(self.configuration.configuration.get("semi", {}).get("modalities", {}).values())
 
     @property
+    def seen(self) -> list[int] | None:
+        """Channels that the deployed network looks at; None for all."""
+        return self.network.channels if isinstance(self.network, OneModality) else None
+
+    @property
     def heads(self) -> int:
         return self.plans.get_label_manager(self.dataset_json).num_segmentation_heads
 
@@ -142,7 +148,7 @@ def _wanted(model: _Model, modality: str | None) -> tuple[list[str], list[str]]:
 def _export_one(model: _Model, name: str, folder: str, patches: Sequence[np.ndarray], source: str,
                 tolerance: float) -> Exported:
     channels = model.parts[name] if name else list(range(num_channels(model.dataset_json)))
-    compared = batches(patches, channels, () if name else model.modalities)
+    compared = batches(patches, channels) if name else batches(patches, channels, model.modalities, model.seen)
     if not compared:
         compared, source = _noise(patches, channels), "noise, as the patches found hold nothing"
     files, differences = {}, {}

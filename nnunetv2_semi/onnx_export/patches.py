@@ -53,16 +53,19 @@ def middle(image: np.ndarray, patch_size: Sequence[int]) -> np.ndarray:
     return patch
 
 
-def batches(patches: Sequence[np.ndarray], channels: Sequence[int],
-            modalities: Sequence[Sequence[int]] = ()) -> list[np.ndarray]:
+def batches(patches: Sequence[np.ndarray], channels: Sequence[int], modalities: Sequence[Sequence[int]] = (),
+            seen: Sequence[int] | None = None) -> list[np.ndarray]:
     """What to compare on: each patch with these channels by itself, all as one batch, and each without a modality.
 
     Patches that hold a single value (an absent modality, background) are left out: InstanceNorm would divide what
     rounding leaves of them by almost nothing, and no two programs agree. modalities: channels of each, of a network
-    that goes without any one of them.
+    that goes without any one of them. seen: of ``channels`` those that the network looks at; None for all.
     """
+    def holds_something(patch: np.ndarray) -> bool:
+        return any(channel.min() < channel.max() for channel in (patch if seen is None else patch[list(seen)]))
+
     chosen = [patch[list(channels)] for patch in patches]
-    chosen = [patch for patch in chosen if any(channel.min() < channel.max() for channel in patch)]
+    chosen = [patch for patch in chosen if holds_something(patch)]
     if not chosen:
         return []
     compared = [patch[None] for patch in chosen]
@@ -71,7 +74,7 @@ def batches(patches: Sequence[np.ndarray], channels: Sequence[int],
     for absent in modalities if len(modalities) > 1 else ():
         patch = chosen[0].copy()
         patch[list(absent)] = FILL
-        if any(channel.min() < channel.max() for channel in patch):
+        if holds_something(patch):
             compared.append(patch[None])
     return compared
 

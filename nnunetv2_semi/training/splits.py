@@ -9,8 +9,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.data.splits_file import check_splits, read_splits, splits_path
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.training import batches
 
 NNUNET_FOLDS = 5
 
@@ -19,18 +21,35 @@ def prepare_split(trainer: nnUNetTrainer) -> None:
     """Check the fold's part of splits_final.json, see `check_splits`, or write the file for few cases.
 
     Raises:
-        UserError: see `check_splits`; a fold that few cases do not make.
+        UserError: see `check_splits`; a fold that few cases do not make; labelled cases of which a split cannot be made
+            yet, see `batches.check_labelled`.
     """
     if trainer.fold == "all":
         return
     path = splits_path(trainer.preprocessed_dataset_folder_base)
     if not os.path.isfile(path):
+        # Its folds are made of whatever is preprocessed: what a killed preprocessing left would be trained on for good.
+        batches.check_labelled(trainer)
         _write_small_split(trainer, path)
         return
     splits, folder = read_splits(path), trainer.preprocessed_dataset_folder
     if trainer.fold < len(splits):
         cases = infer_dataset_class(folder).get_identifiers(folder)
         check_splits({trainer.fold: splits[trainer.fold]}, cases, path, folder)
+
+
+def name_cases_left_out(trainer: nnUNetTrainer) -> None:
+    """Log the labelled cases that the fold neither trains nor validates: splits_final.json may be older than they are.
+    """
+    path, folder = splits_path(trainer.preprocessed_dataset_folder_base), trainer.preprocessed_dataset_folder
+    splits = read_splits(path) if trainer.fold != "all" and os.path.isfile(path) else []
+    if trainer.fold in range(len(splits)):
+        named = {case for part in splits[trainer.fold].values() for case in part}
+        left_out = sorted(set(infer_dataset_class(folder).get_identifiers(folder)) - named)
+        if left_out:
+            trainer.print_to_log_file(
+                f"WARNING: fold {trainer.fold} of {path} neither trains nor validates {len(left_out)} labelled "
+                f"case(s): {shown(left_out)}. If that is not meant, add them there, or remove the file.")
 
 
 def _write_small_split(trainer: nnUNetTrainer, path: str) -> None:

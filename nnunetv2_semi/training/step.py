@@ -94,13 +94,14 @@ class TrainingStep:
 
     def _update_weights(self) -> bool:
         """Step every optimiser; False if a gradient was not finite, in which case its optimiser did not step."""
-        finite = True
+        finite, scaled = True, False
         for optimization in self.optimizations:
             optimizer, parameters = optimization.optimizer, optimization.parameters()
             average_gradients(parameters)
             if all(p.grad is None for p in parameters):
                 continue
             if self.grad_scaler is not None:
+                scaled = True
                 self.grad_scaler.unscale_(optimizer)
             clip = inf if optimization.gradient_clip is None else optimization.gradient_clip
             norm = nn.utils.clip_grad_norm_(parameters, clip)
@@ -110,7 +111,7 @@ class TrainingStep:
                 self.grad_scaler.step(optimizer)  # leaves the step out by itself, and lowers its scale
             elif of_this:
                 optimizer.step()
-        if self.grad_scaler is not None:
+        if self.grad_scaler is not None and scaled:  # a step may have no gradient at all
             self.grad_scaler.update()
         return finite
 

@@ -36,7 +36,7 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
 
     def initialize(self) -> None:
         for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(self.settings.seed)
+            seed(self.settings.seed % 2**32)  # numpy takes no larger one
         super().initialize()
 
     def configure_optimizers(self) -> tuple[Optimizer, LRScheduler]:

@@ -93,7 +93,9 @@ def look_again(trainer: nnUNetTrainerSemi) -> None:
     sources = trainer.dataloader_train.batches.loaders
     dataset = sources["unlabelled"]._data
     shapes = {case: dataset.load_case(case)[0].shape[1:] for case in dataset.identifiers}
-    patches = trainer.num_epochs * trainer.num_iterations_per_epoch * trainer.batch_size
+    # Of all processes, which must choose the same cases: their own batches may differ in size.
+    batch_size = settings.unlabelled_batch_size or trainer.configuration_manager.batch_size
+    patches = trainer.num_epochs * trainer.num_iterations_per_epoch * batch_size
     seed = settings.seed + trainer.current_epoch
     cases = cases_to_predict(shapes, trainer.configuration_manager.patch_size, patches, seed)
     trainer.set_deep_supervision_enabled(False)

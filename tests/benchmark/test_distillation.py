@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -139,6 +140,14 @@ def test_a_smaller_student_is_trained_compared_and_left_alone_afterwards(
     assert "$ nnUNetv2_train" not in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert json.loads((out / "distill.json").read_text()) == content
+
+    # another image of a case that both are compared on
+    image_file = raw / DATASET / "imagesTr" / f"{min(val)}_0000.nii.gz"
+    os.utime(image_file)
+    assert cli.main(CALL) == 0
+    capsys.readouterr()
+    anew = {file for file in times if file.stat().st_mtime_ns != times[file]}
+    assert anew == {out / "predictions" / who / f"{min(val)}.nii.gz" for who in ("teacher", "student")}
 
     # other data
     label = min((raw / DATASET / "labelsTr").iterdir())
@@ -337,3 +346,18 @@ def test_a_student_is_trained_by_one_command_at_a_time(here: Path, capsys: pytes
     with FileLock(model.parent / f".distill__{model.name}__fold_0.lock"):
         assert cli.main(CALL) == 1
     assert "Another 'nnunetv2_semi distill' is at work on the same student" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_data_set_is_compared_on_test_cases(tmp_path: Path) -> None:
+    """Its split is another: the fold's validation cases may be its training cases."""
+    (tmp_path / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
+    source = SimpleNamespace(name=DATASET, labelled={"a": "case a", "b": "case b"}, test={"t": "case t"})
+    start = {field.name: None for field in fields(Start)} | {
+        "source": source, "fold": "0", "folders": Folders(tmp_path, tmp_path.parent, tmp_path)}
+    for dataset, expected in ((DATASET, ("validation cases of fold 0", {"b": "case b"})),
+                              ("Dataset009_Other", ("test cases", {"t": "case t"}))):
+        teacher = SimpleNamespace(plans=SimpleNamespace(dataset_name=dataset))
+        known = Start(**{**start, "teacher": teacher})  # type: ignore[arg-type]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Start, "preprocessed", property(lambda _: tmp_path))
+            assert known.cases_to_compare() == expected

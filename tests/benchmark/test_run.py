@@ -179,7 +179,23 @@ def test_killed_it_goes_on_and_a_failing_trainer_stops_no_other(workspace, monke
     assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 1
     changed = f"Dataset001_Phantom has changed since 2 trainings of the study began with it: labelsTr/{label.name}."
     assert changed in capsys.readouterr().err
+    record = workspace / "study" / "data_Dataset001_Phantom.json"
+    record.rename(record.with_suffix(".away"))  # as with the study's folder removed
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 1
+    assert "Dataset001_Phantom has other data than models of the study were trained with" in capsys.readouterr().err
+    record.with_suffix(".away").rename(record)
     label.write_bytes(before)
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 0
+
+    # predictions of other test images are not reported; they are made again, and nothing is trained
+    finished = {file: file.stat().st_mtime_ns for file in workspace.rglob("checkpoint_final.pth")}
+    os.utime(next((workspace / "nnUNet_raw" / "Dataset001_Phantom" / "imagesTs").glob("*_0000.nii.gz")))
+    assert cli.main(["benchmark", "report", "study.yaml", "--out", str(workspace / "report")]) == 1
+    assert "since 2 trainings predicted them: Dataset001_Phantom__" in capsys.readouterr().err
+    assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "2 trainings in" in text and "2 to do" in text, text
+    assert all(file.stat().st_mtime_ns == time_ for file, time_ in finished.items())
     assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 0
     (workspace / "study.yaml").write_text(two_trainers.replace("num_epochs: 4", "num_epochs: 5"))
     assert cli.main(["benchmark", "run", "study.yaml", "--devices", "cpu"]) == 1

@@ -212,12 +212,18 @@ def test_models_of_other_labels_or_images_are_not_taken_up(here: Path, capsys: p
         image = sitk.ReadImage(str(file))
         image[0, 0, 0] = 1 - image[0, 0, 0]
         sitk.WriteImage(image, str(file))
+        # what it predicted is there even without the teacher
+        teacher = here / "nnUNet_results" / SOURCE / MODEL
         try:
+            assert cli.main(CALL) == 1
+            teacher.rename(teacher.with_name("away"))
             assert cli.main(CALL) == 1
         finally:
             file.write_bytes(before)
-        assert (f"{SOURCE} has changed since the self-training began with it: {folder}/{file.name}. Begin anew: "
-                in capsys.readouterr().err)
+            if not teacher.exists():
+                teacher.with_name("away").rename(teacher)
+        message = f"{SOURCE} has changed since the self-training began with it: {folder}/{file.name}. Begin anew: "
+        assert capsys.readouterr().err.count(message) == 2
         assert record.read_bytes() == noted
     record.unlink()  # as with models of earlier versions
     assert cli.main(CALL) == 0 and record.read_bytes() == noted
@@ -570,6 +576,10 @@ def test_a_study_predicts_with_the_model_that_self_training_names(
             job.predictions.mkdir(parents=True)
             (job.predictions / "case.nii.gz").touch()
 
+    image = job.raw / "imagesTs" / "case_0000.nii.gz"
+    image.parent.mkdir()
+    image.touch()
+    (image.parent / "no_test_case_0000.nii.gz").touch()
     monkeypatch.setattr(execution, "run_watched", run_watched)
     monkeypatch.setattr(execution, "command_path", lambda name: name)
     execution.execute(job, "cuda:1")
@@ -579,3 +589,6 @@ def test_a_study_predicts_with_the_model_that_self_training_names(
     assert f"-d {NEW} " in prediction and "-p Q " in prediction
     assert job.record["model"] == str(trainings[-1]) and job.record["training_seconds"] == 3 + 4
     assert job.record["method"] == "Supervised, self-training"
+    assert list(job.record["test_images"]) == [image.name] and job.is_done()
+    image.write_text("another")
+    assert not job.is_done()

@@ -176,8 +176,14 @@ def test_a_model_of_another_study_of_the_same_name_is_noticed(tmp_path):
     for begun in (job, other):
         with pytest.raises(UserError, match="begun with other settings.*another study of this name"):
             check_unchanged([begun])
-    (job.model / "study.json").write_text(json.dumps({"made_with": job.made_with()}))
-    check_unchanged([job])
+    elsewhere = tmp_path / "elsewhere" / "study"
+    for further in ({}, {"study": str(job.study.folder)}, {"study": str(elsewhere)}):
+        (job.model / "study.json").write_text(json.dumps({"made_with": job.made_with(), **further}))
+        check_unchanged([job])  # the last one was moved here
+    elsewhere.mkdir(parents=True)
+    with pytest.raises(UserError, match="another study of this name"):
+        check_unchanged([job])
+    elsewhere.rmdir()
     job.base_plans_file.unlink()
     with pytest.raises(UserError, match=f"{job.base_plans_file} is missing.*--predictions"):
         check_unchanged([job])

@@ -91,15 +91,15 @@ def test_one_labelled_case_makes_no_fold(tmp_path):
 
 def test_other_splits_matter_to_trainings_of_folds_alone(tmp_path, monkeypatch):
     now = {"imagesTr/a_0000.nii.gz": "1", "splits_final.json": "2"}
-    monkeypatch.setattr(TrainingData, "digests", lambda data: dict(now))
+    monkeypatch.setattr(TrainingData, "digests", property(lambda data: dict(now)))
     plans = tmp_path / "P.json"
     plans.touch()
 
     def begun(fold):
         return SimpleNamespace(dataset="Dataset001_A", fold=fold, begun_with=lambda: "digest", folder="run",
                                model="model", study=SimpleNamespace(folder=tmp_path), base_plans_file=plans,
-                               raw=tmp_path / "Dataset001_A", plans_file=plans,
-                               own_plans=lambda: {"image_reader_writer": "SimpleITKIO"})
+                               raw=tmp_path / "Dataset001_A", plans_file=plans, data_record=tmp_path / "data.json",
+                               data_begun_with=lambda: None, own_plans=lambda: {"image_reader_writer": "SimpleITKIO"})
 
     planned_data.note_data(begun("all"))
     now["splits_final.json"] = "3"

@@ -29,6 +29,7 @@ from nnunetv2_semi.networks.conventional_and_foundation import ConventionalAndFo
 from nnunetv2_semi.networks.cross_modal_attention import CrossModalAttention
 from nnunetv2_semi.networks.deployment import Deployed
 from nnunetv2_semi.networks.modality_branches import ModalityBranches
+from nnunetv2_semi.networks.one_modality import OneModality
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -472,6 +473,18 @@ def test_patches_of_one_value_are_not_compared_on_and_each_modality_is_left_out_
     for batch, absent in zip(compared[-2:], (0, 1), strict=True):
         assert np.signbit(batch[0, absent]).all() and np.array_equal(batch[0, 1 - absent], full[1 - absent])
     assert patches.batches([empty], [0, 1]) == []
+
+
+def test_a_network_of_one_modality_is_compared_on_what_that_modality_holds():
+    full = np.random.default_rng(0).random((2, 4, 4))
+    without = full * np.array([1, 0]).reshape(2, 1, 1)
+    compared = patches.batches([without, full], [0, 1], [[0], [1]], seen=[1])
+    assert [batch.shape for batch in compared] == [(1, 2, 4, 4)] * 2
+    assert np.array_equal(compared[0][0], full), "the patch that lacks it is not compared on"
+    assert np.signbit(compared[1][0, 0]).all() and np.array_equal(compared[1][0, 1], full[1]), "nor one without it"
+    assert patches.batches([without], [0, 1], [[0], [1]], seen=[1]) == []
+    for network, seen in ((OneModality(nn.Identity(), "T2", [1]), [1]), (nn.Identity(), None)):
+        assert export._Model.seen.fget(SimpleNamespace(network=network)) == seen
 
 
 # whole cases

@@ -91,3 +91,14 @@ def test_the_stamp_of_a_file_without_companions_is_its_size_and_time(tmp_path):
     (tmp_path / "a.tif").write_text("12345")
     os.utime(tmp_path / "a.tif", ns=(7, 7))
     assert file_stamp(str(tmp_path / "a.tif")) == [5, 7]
+
+
+def test_a_file_on_another_drive_is_cached_by_its_whole_path(tmp_path, reading, monkeypatch):
+    (tmp_path / "a.tif").write_text("first")
+
+    def other_drive(path, start):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+    monkeypatch.setattr(cached_reading.os.path, "relpath", other_drive)
+    contents, _ = reading("a.tif")
+    assert reading("a.tif")[0] == contents and reading.done == []
+    assert str(tmp_path / "a.tif") in (tmp_path / "cache.json").read_text()

@@ -97,7 +97,7 @@ def test_a_case_moved_to_the_unlabelled_ones_is_named_with_the_remedy(preprocess
     assert "lab_a (preprocessed, but not a labelled case of the raw data set any more)" in text
     splits = preprocessed.preprocessed_folder / "splits_final.json"
     splits.write_text(json.dumps([{"train": ["lab_b"], "val": ["lab_a"]}]))
-    assert f"{splits} names lab_a: remove these cases there, or the file" in message(preprocessed)
+    assert f"{splits} names lab_a: remove these cases there, or remove the file" in message(preprocessed)
     splits.write_text(json.dumps([{"train": ["lab_b"], "val": ["lab_aa"]}]))
     assert "splits_final" not in message(preprocessed)
     preprocess(preprocessed)
@@ -108,6 +108,11 @@ def test_a_case_that_was_labelled_later_is_named(preprocessed):
     preprocessed.add_labelled("lab_c", 7)
     assert "lab_c (labelled in the raw data set, but not preprocessed)" in message(preprocessed)
     assert sorted(path.name for path in preprocessed.labelled_folder.glob("lab_c*")) == []
+    splits = preprocessed.preprocessed_folder / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["lab_b"], "val": ["lab_a"]}]))
+    assert f"{splits} does not name lab_c: add these cases there, or remove the file" in message(preprocessed)
+    splits.write_text(json.dumps([{"train": ["lab_b", "lab_c"], "val": ["lab_a"]}]))
+    assert "splits_final" not in message(preprocessed)
 
 
 def test_a_list_in_dataset_json_decides_which_cases_are_labelled(preprocessed):
@@ -115,6 +120,21 @@ def test_a_list_in_dataset_json_decides_which_cases_are_labelled(preprocessed):
         "lab_a": {"images": images(preprocessed, "lab_a"), "label": label(preprocessed, "lab_a")}}
     text = message(preprocessed)
     assert "lab_b (preprocessed, but not" in text and "lab_a" not in text
+
+
+def test_a_listed_label_is_compared_with_nnunets_copy_of_its_case(preprocessed):
+    """Its file may have another name, and an older date than the preprocessed case."""
+    folder = preprocessed.raw_folder / "elsewhere"
+    folder.mkdir()
+    listed = {}
+    for case in ("lab_a", "lab_b"):
+        file = folder / f"truth_of_{case}.nii.gz"
+        shutil.copy2(label(preprocessed, case), file)
+        listed[case] = {"images": images(preprocessed, case), "label": str(file)}
+    preprocessed.dataset_json["dataset"] = listed
+    rewrite(listed["lab_b"]["label"], lambda voxels: np.roll(voxels, 2, 0), age=10_000)
+    text = message(preprocessed)
+    assert "lab_b (its label changed since it was preprocessed)" in text and "lab_a" not in text
 
 
 @pytest.mark.parametrize("first_seen_before", [True, False])

@@ -84,6 +84,23 @@ def uneven(rank: int, world: int, folder: Path, kind: str) -> None:
     torch.save({"value": loss.detach(), "gradient": leaf.grad / world}, folder / f"{kind}_{world}_{rank}.pt")
 
 
+def absent(rank: int, world: int, folder: Path, kind: str) -> None:
+    """nnU-Net's loss with its Dice of a batch, where the second process has no patch that counts."""
+    from nnunetv2_semi import compat
+    from nnunetv2_semi.methods.base import Method
+    from nnunetv2_semi.methods.settings import Settings
+
+    compat.let_processes_differ_in_patches()
+    small = conftest_of(HERE.parent / "methods")
+    torch.manual_seed(4)
+    method = Method(small.small_network(2, 3), Settings(), small.with_batch_dice(small.context(), world > 1))
+    batch = small.random_batch(count=1, seed=rank)
+    term = method.supervised(method.student(batch.labelled), batch.target, applies=rank == 0)
+    (term.applies * term.value).backward()
+    gradient = torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
+    torch.save({"value": term.value.detach(), "gradient": gradient}, folder / f"{kind}_{world}_{rank}.pt")
+
+
 def patience(rank: int, world: int, folder: Path, kind: str) -> None:
     """The first process works for longer than the others wait in nnU-Net's group of processes."""
     from nnunetv2_semi.distributed import on_first_process
@@ -125,6 +142,7 @@ if __name__ == "__main__":
                                 timeout=timedelta(minutes=4))
     for work in works:
         what, kind = work.split(":")
-        {"steps": steps, "uneven": uneven, "training": training, "patience": patience}[what](rank, world, folder, kind)
+        functions = {"steps": steps, "uneven": uneven, "absent": absent, "training": training, "patience": patience}
+        functions[what](rank, world, folder, kind)
     if world > 1:
         dist.destroy_process_group()

@@ -20,9 +20,9 @@ def results(tools, tmp_path_factory, phantom_workspace):
     tools.set_semi(folder / "w", num_epochs=2, SemiCML={"prel_start": 0.5}, Mix={"unlabelled_foreground": 0.5})
     steps, trainings = ([(what, kind) for kind in kinds]
                         for what, kinds in (("steps", METHODS), ("training", TRAINERS)))
-    uneven = ("uneven", "dice")
-    tools.run_workers([*steps, uneven, ("steps", "nan"), *trainings, ("patience", "first")], 2, folder, folder / "w")
-    tools.run_workers([*steps, uneven], 1, folder, folder / "w")
+    losses = [("uneven", "dice"), ("absent", "loss")]
+    tools.run_workers([*steps, *losses, ("steps", "nan"), *trainings, ("patience", "first")], 2, folder, folder / "w")
+    tools.run_workers([*steps, *losses], 1, folder, folder / "w")
     return folder
 
 
@@ -58,6 +58,14 @@ def test_processes_may_have_different_numbers_of_patches(results):
     assert torch.equal(first["value"], second["value"])
     assert (first["value"] - alone["value"]).abs() < 1e-6
     assert (torch.cat([first["gradient"], second["gradient"]]) - alone["gradient"]).abs().max() < 1e-7
+
+
+def test_a_process_without_a_patch_that_counts_changes_no_loss_and_gets_no_gradient(results):
+    alone, first, second = (torch.load(results / f"loss_{name}.pt", weights_only=False)
+                            for name in ("1_0", "2_0", "2_1"))
+    assert (first["value"] - alone["value"]).abs() < 1e-6
+    assert (first["gradient"] - alone["gradient"]).abs().max() < 1e-6 < alone["gradient"].abs().max()
+    assert not second["gradient"].any()
 
 
 def test_processes_wait_for_the_first_one_however_long_it_works(results):

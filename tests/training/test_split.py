@@ -1,6 +1,7 @@
 """What is wrong with dataset.json, names or the split ends before training, with a message."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,33 @@ def test_a_labelled_case_whose_name_nnunet_leaves_out_is_refused(tools, workspac
         path.rename(path.with_name(path.name.replace(case, "patient_seg", 1)))
     with pytest.raises(UserError, match="in imagesTr end with _seg: patient_seg"):
         tools.trainer(workspace, name).run_training()
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerSemiMix", *TRAINERS])
+def test_no_split_is_made_of_what_a_killed_preprocessing_left(tools, workspace, name):
+    """It would leave the other labelled cases out of all trainings to come."""
+    left_out = cases_of(workspace)[-1]
+    for path in workspace.glob(f"nnUNet_preprocessed/*/*/{left_out}*"):
+        if "gt_segmentations" not in path.parts:
+            path.unlink()
+    splits = tools.plans_path(workspace).parent / "splits_final.json"
+    splits.unlink(missing_ok=True)
+    with pytest.raises(UserError, match=rf"{left_out} \(labelled in the raw data set, but not preprocessed\)"):
+        tools.trainer(workspace, name).run_training()
+    assert not splits.exists()
+
+
+def test_cases_that_a_fold_leaves_out_are_named_in_the_log(tools, workspace):
+    first, second, third = cases_of(workspace)
+    splits = tools.plans_path(workspace).parent / "splits_final.json"
+    splits.write_text(json.dumps([{"train": [first], "val": [second]}, {"train": [first, third], "val": [second]}]))
+
+    def logged(fold):
+        trainer = tools.trainer(workspace, TRAINERS[0], fold=fold)
+        trainer.initialize()
+        for stream in trainer.get_dataloaders():
+            stream.close()
+        return "".join(file.read_text() for file in Path(trainer.output_folder).glob("training_log_*"))
+
+    assert f"fold 0 of {splits} neither trains nor validates 1 labelled case(s): {third}." in logged(0)
+    assert "neither trains" not in logged(1) + logged("all")

@@ -188,3 +188,10 @@ def test_a_gradient_scaler_changes_no_step_and_leaves_out_those_that_overflow():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     moved, _ = moved_by(Written([[bad(float("inf"), "supervised", supervised=True)]]), grad_scaler=scaler)
     assert all((m == 0).all() for m in moved) and scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("groups", [[], [[bad(float("nan"))]]])
+def test_a_step_without_a_gradient_leaves_weights_and_gradient_scaler_alone(groups):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    moved, _ = moved_by(Written(groups), grad_scaler=scaler)
+    assert all((m == 0).all() for m in moved) and scaler.get_scale() == 1024.0

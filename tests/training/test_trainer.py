@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from PIL import Image
 
+from nnunetv2_semi import trainer as trainer_module
 from nnunetv2_semi.compat import no_more_threads_than_cores
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training import checkpoints
@@ -298,3 +300,36 @@ def test_threads_on_a_processor(monkeypatch, cores, asked, threads):
     no_more_threads_than_cores(torch.device("cpu"))
     no_more_threads_than_cores(torch.device("cuda"))
     assert chosen == [threads]
+
+
+def test_a_step_without_a_supervised_loss_leaves_the_epochs_mean_to_the_others(tools, workspace, monkeypatch):
+    trainer, given = tools.trainer(workspace, "nnUNetTrainerSemiSupervised"), []
+    trainer.initialize()
+    monkeypatch.setattr(nnUNetTrainer, "on_train_epoch_end", lambda self, outputs: given.extend(outputs))
+    monkeypatch.setattr(trainer_module, "log_values", lambda *_: None)
+    for losses in ([1.0, None, 4.0], [None, None]):
+        trainer._epoch_values.add({"skipped_steps": 0.0})
+        trainer.on_train_epoch_end([{"loss": loss} for loss in losses])
+    assert [single["loss"] for single in given[:3]] == [1.0, 2.5, 4.0]
+    assert all(np.isnan(single["loss"]) for single in given[3:])
+
+
+def test_patches_are_loaded_as_large_as_the_rotation_needs(tools, workspace):
+    def loaded(**semi):
+        tools.set_semi(workspace, **semi)
+        return list(tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
+                    .configure_rotation_dummyDA_mirroring_and_inital_patch_size()[2])
+    patch = json.loads(tools.plans_path(workspace).read_text())["configurations"]["3d_fullres"]["patch_size"]
+    own, small, large = loaded(), loaded(rotation=1), loaded(rotation=90)
+    assert own == small
+    assert all(size >= needed for size, needed in zip(large, get_patch_size(patch, *[np.pi / 2] * 3, (0.85, 1.25)),
+                                                      strict=True))
+
+
+def test_any_seed_is_one_for_stock_nnunet(tools, workspace, monkeypatch):
+    tools.set_semi(workspace, seed=2**40 + 3)
+    monkeypatch.setattr(nnUNetTrainer, "initialize", lambda self: None)
+    tools.trainer(workspace, "nnUNetTrainerSemiStock").initialize()
+    drawn = np.random.rand()
+    np.random.seed(3)
+    assert drawn == np.random.rand()

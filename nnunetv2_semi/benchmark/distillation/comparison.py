@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nnunetv2_semi.benchmark.datasets.source_cases import Case, Source
 from nnunetv2_semi.data.atomic_files import read_json_object, whole_file, write_json_whole
+from nnunetv2_semi.data.cached_reading import file_stamp
 from nnunetv2_semi.networks.trained_ensemble import TrainedModel
 
 RECORD = "predicted.json"
@@ -43,6 +44,8 @@ def predict(model: TrainedModel, cases: Mapping[str, Case], folder: Path, device
             description: str) -> Predicted:
     """Predict cases with nnU-Net's predictor, in this process, one at a time; those that are there already stay.
 
+    A case whose images changed since is predicted again.
+
     Args:
         model: All its folds predict; as in nnUNetv2_predict, the mean of their logits counts.
         cases: By name.
@@ -56,14 +59,15 @@ def predict(model: TrainedModel, cases: Mapping[str, Case], folder: Path, device
     record = read_json_object(str(folder / RECORD)) or {}
     if record.get("made_with") != made_with:
         record = {"made_with": made_with, "parameters": 0, "cases": {}}
-    left = {name: case for name, case in cases.items() if name not in record["cases"]}
+    images = {name: [file_stamp(file) for file in case.images.values()] for name, case in cases.items()}
+    left = {name: case for name, case in cases.items() if record["cases"].get(name, {}).get("images") != images[name]}
     if left:
         folder.mkdir(parents=True, exist_ok=True)
         predictor = _TimedPredictor(model, device, mirroring)
         record["parameters"] = predictor.parameters
         for name, case in tqdm(left.items(), desc=f"  {description}", unit="case", leave=False, disable=None):
             total, network = predictor.seconds(list(case.images.values()), folder / name)
-            record["cases"][name] = {"total": total, "network": network}
+            record["cases"][name] = {"total": total, "network": network, "images": images[name]}
             write_json_whole(str(folder / RECORD), record)
     seconds = {name: record["cases"][name] for name in cases}
     return Predicted(model, folder, record["parameters"], {name: single["total"] for name, single in seconds.items()},

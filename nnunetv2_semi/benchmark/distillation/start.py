@@ -64,13 +64,14 @@ class Start:
     def cases_to_compare(self) -> tuple[str, dict[str, Case]]:
         """What they are, in words, and the labelled cases that teacher and student are compared on, by name.
 
-        Those of the fold's validation split; of fold all, the test cases that have a label. Cases without what the
-        student sees are left out. Known once the student is trained.
+        Those of the fold's validation split; of fold all, or where the teacher is of another data set and may have
+        trained on these, the test cases that have a label. Cases without what the student sees are left out. Known once
+        the student is trained.
 
         Raises:
             UserError: The files of a case do not tell which channels they hold.
         """
-        if self.fold == ALL:
+        if self.fold == ALL or self.teacher.plans.dataset_name != self.source.name:
             what, cases = "test cases", self.source.test
         else:
             split = read_splits(splits_path(self.preprocessed))[int(self.fold)]

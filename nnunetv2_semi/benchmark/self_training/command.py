@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> int:
         _write_options(out / OPTIONS, asdict(options))
-        if any((results / options.model_name / f"fold_{options.fold}").glob("checkpoint_*.pth")):
+        teacher = results / options.model_name / f"fold_{options.fold}"
+        if (out / "round_1").is_dir() or any(teacher.glob("checkpoint_*.pth")):
             data.check_same(record, options.fold != "all", "the self-training", ANEW)
         data.note(record)
         SelfTraining(start, folders, out, args.device, args.num_gpus).run(args.rounds)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from nnunetv2_semi.benchmark.study.jobs import Job
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.benchmark.study.trainer_facts import Facts, Question, differences, trainer_facts
-from nnunetv2_semi.data.raw_cases import cases_in
+from nnunetv2_semi.data.raw_cases import cases_in, shown
 from nnunetv2_semi.errors import UserError
 
 
@@ -57,6 +57,19 @@ def check_unchanged(jobs: Sequence[Job]) -> None:
         raise UserError(f"{len(changed)} trainings of the study were begun with other settings or plans than the study "
                         f"file has now, or by another study of this name:\n  {names}\nGive the study file another "
                         "name, or remove these folders and models.")
+
+
+def check_predicted_images(jobs: Sequence[Job]) -> None:
+    """Refuse predictions of other images than the test cases have now.
+
+    Raises:
+        UserError: There are some; with the remedy.
+    """
+    changed = [job.name for job in jobs if not job.has_predicted_these_images()]
+    if changed:
+        raise UserError(f"Images of test cases changed, or are another copy, since {len(changed)} trainings predicted "
+                        f"them: {shown(changed)}. nnunetv2_semi benchmark run predicts them anew, and trains none "
+                        "again.")
 
 
 def facts_of_jobs(jobs: Sequence[Job]) -> dict[str, Facts]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_semi.benchmark.study.jobs import MARKER, Job, State
-from nnunetv2_semi.data.atomic_files import write_json_whole
+from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.processes.commands import CommandFailed, command_path, prediction_options, run_watched
 
 FINAL = "checkpoint_final.pth"
@@ -52,13 +52,17 @@ def execute(job: Job, device: str, while_running: Callable[[], None] = lambda: N
         if job.is_done():
             return
         job.write_record("running", made_with=job.made_with(), labelled=len(job.labelled_cases()), error=None)
-        write_json_whole(str(job.model / MARKER), {"made_with": job.made_with(), "study": str(job.study.folder)})
+        data = read_json_object(str(job.data_record))
+        write_json_whole(str(job.model / MARKER), {
+            "made_with": job.made_with(), "study": str(job.study.folder), "data": data and job.data_digest(data)})
         state: State = "waiting"
         try:
             _train(job, device, while_running, cores)
+            images = job.test_images()
             _predict(job, device, while_running, cores)
             trainings = trained_model(job).trainings
-            job.write_record("finished", model=str(trainings[-1]), training_seconds=sum(map(_seconds, trainings)))
+            job.write_record("finished", model=str(trainings[-1]), training_seconds=sum(map(_seconds, trainings)),
+                             test_images=images)
             state = "finished"
         except CommandFailed as failure:
             job.write_record("failed", error=str(failure))

@@ -17,7 +17,9 @@ from filelock import FileLock, Timeout
 from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.study.study import Entry, Study
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
-from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.data.cached_reading import file_stamp
+from nnunetv2_semi.data.raw_cases import case_and_channel, list_labelled_cases
+from nnunetv2_semi.data.splits_file import SPLITS_FILE
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import merged_settings
 
@@ -139,13 +141,30 @@ class Job:
         return digest([self.entry.trainer, self.entry.selftrain, self.own_plans(), self.study.test_time_mirroring])
 
     def begun_with(self) -> str | None:
-        """`made_with` when the training began, by this study or another one of its name; None before that."""
+        """`made_with` when the training began; None before that. Another study of its name that is still there, in
+        another folder, counts as another beginning: both would train the same model."""
         marker = read_json_object(str(self.model / MARKER)) or {}
+        study = marker.get("study")
+        if study and Path(study) != self.study.folder and Path(study).is_dir():
+            return str(study)
         if marker or "made_with" in self.record:
             return str(marker.get("made_with", self.record.get("made_with")))
         return "unknown" if any(self.model.glob("checkpoint_*.pth")) else None
 
     # data
+
+    @property
+    def data_record(self) -> Path:
+        """What the training cases of the data set hold, see `TrainingData.note`."""
+        return self.study.folder / f"data_{self.dataset}.json"
+
+    def data_digest(self, digests: Mapping[str, str]) -> str:
+        """Of those of `TrainingData.digests` that matter to this training."""
+        return digest({name: value for name, value in digests.items() if self.fold != "all" or name != SPLITS_FILE})
+
+    def data_begun_with(self) -> str | None:
+        """`data_digest` when the training began; None before that, or where it is not known."""
+        return (read_json_object(str(self.model / MARKER)) or {}).get("data")
 
     @property
     def dataset_json(self) -> dict:
@@ -160,6 +179,17 @@ class Job:
         ending = self.dataset_json["file_ending"]
         return sorted(file.name for file in (self.raw / "labelsTs").iterdir()
                       if file.name.endswith(ending) and not file.name.startswith("."))
+
+    def test_images(self) -> dict[str, list[int]]:
+        """`file_stamp` of each image of the test cases, by the name of the file."""
+        ending, cases = self.dataset_json["file_ending"], set(self.test_cases())
+        return {file.name: file_stamp(str(file)) for file in sorted((self.raw / "imagesTs").iterdir())
+                if (named := case_and_channel(file.name, ending)) and named[0] + ending in cases}
+
+    def has_predicted_these_images(self) -> bool:
+        """Whether no image of a test case changed since it was predicted; so it is where that is not known."""
+        predicted = self.record.get("test_images")
+        return predicted is None or all(predicted.get(name) == stamp for name, stamp in self.test_images().items())
 
     @property
     def group(self) -> str:
@@ -214,8 +244,9 @@ class Job:
             return "running"
 
     def is_done(self) -> bool:
-        """Whether it is finished and all predictions are still there."""
-        return self.state == "finished" and all((self.predictions / case).is_file() for case in self.test_cases())
+        """Whether it is finished, and all predictions are still there and of the images that are there now."""
+        return (self.state == "finished" and all((self.predictions / case).is_file() for case in self.test_cases())
+                and self.has_predicted_these_images())
 
     def epochs_done(self, num_epochs: int) -> int:
         """Of this training, for a progress bar; those done again after a kill count once."""

@@ -136,19 +136,19 @@ def check_data_unchanged(jobs: Sequence[Job]) -> None:
     begun = [job for job in jobs if job.begun_with() is not None]
     if begun and jobs[0].base_plans_file.is_file():
         names = "\n  ".join(f"{job.folder}, model {job.model}" for job in begun[:5])
-        _training_data(jobs[0]).check_same(
-            _data_record(jobs[0]), any(job.fold != "all" for job in begun), f"{len(begun)} trainings of the study",
-            f"These cannot be compared with new ones:\n  {names}\nGive the study file another name, or remove these "
-            "folders and models.")
+        remedy = (f"These cannot be compared with new ones:\n  {names}\nGive the study file another name, or remove "
+                  "these folders and models.")
+        data = _training_data(jobs[0])
+        data.check_same(jobs[0].data_record, any(job.fold != "all" for job in begun),
+                        f"{len(begun)} trainings of the study", remedy)
+        # The study's folder may have been removed, with that record, and its models not.
+        if any(job.data_begun_with() not in (None, job.data_digest(data.digests)) for job in begun):
+            raise UserError(f"{jobs[0].dataset} has other data than models of the study were trained with. {remedy}")
 
 
 def note_data(job: Job) -> None:
     """Write down what `check_data_unchanged` compares."""
-    _training_data(job).note(_data_record(job))
-
-
-def _data_record(job: Job) -> Path:
-    return job.study.folder / f"data_{job.dataset}.json"
+    _training_data(job).note(job.data_record)
 
 
 def _training_data(job: Job) -> TrainingData:
