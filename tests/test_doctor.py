@@ -376,6 +376,21 @@ def test_splits_that_cannot_be_used_are_a_problem(dataset: Path, tmp_path: Path)
     assert f"{file} cannot be used: fold 2 names cases" in only(findings(Level.PROBLEM)).finding
 
 
+def test_a_labelled_case_that_a_fold_leaves_out_is_a_warning(dataset: Path, tmp_path: Path) -> None:
+    first, *others = [path.name.removesuffix(".nii.gz") for path in images(dataset, "labelsTr")]
+    file = tmp_path / "nnUNet_preprocessed" / dataset.name / "splits_final.json"
+    file.parent.mkdir()
+    whole, part = {"train": others, "val": [first]}, {"train": others[1:], "val": others[:1]}
+
+    def warned() -> list[str]:
+        return [check.finding for check in findings(Level.WARNING) if str(file) in check.finding]
+
+    file.write_text(json.dumps([whole]))
+    assert warned() == []
+    file.write_text(json.dumps([whole, part]))
+    assert only(warned()).endswith(f"neither trained nor validated: fold 1 {first}")
+
+
 def test_an_unknown_data_set_is_a_problem(dataset: Path) -> None:
     assert "99" in only(findings(Level.PROBLEM, "99")).finding
     assert only(findings(Level.PROBLEM, "Dataset099_None")).remedy

@@ -66,6 +66,11 @@ def check_splits(splits: Mapping[int, Mapping[str, Sequence[str]]], cases: Colle
         raise UserError(f"{path} cannot be used: {'; '.join(mistakes)}. {_REMEDY}.")
 
 
+def cases_left_out(split: Mapping[str, Sequence[str]], cases: Collection[str]) -> list[str]:
+    """Those of ``cases`` that a fold neither trains nor validates: the file may be older than they are."""
+    return sorted(set(cases) - {case for part in PARTS for case in split[part]})
+
+
 def _is_list_of_names(split: object, part: str) -> bool:
     return isinstance(split, dict) and isinstance(split.get(part), list) and all(
         isinstance(name, str) for name in split[part])

@@ -30,7 +30,7 @@ from nnunetv2_semi.data.raw_cases import (
     naming_rule,
     resource_forks,
 )
-from nnunetv2_semi.data.splits_file import check_splits, read_splits, splits_path
+from nnunetv2_semi.data.splits_file import cases_left_out, check_splits, read_splits, splits_path
 from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
 from nnunetv2_semi.doctor.images import check_images
 from nnunetv2_semi.doctor.preprocessed import plans_of
@@ -150,18 +150,24 @@ def _check_names(cases: Iterable[str], where: str, dataset_name: str, dataset_js
         )
 
 
-def _check_splits(dataset_name: str, labelled: Iterable[str]) -> Iterator[Check]:
+def _check_splits(dataset_name: str, labelled: Sequence[str]) -> Iterator[Check]:
     """Of the folds that nnU-Net would take from splits_final.json; a fold without any case is not meant for use."""
     path = splits_path(os.path.join(os.environ.get("nnUNet_preprocessed", ""), dataset_name))
     if not os.path.isfile(path):
         return
     try:
         folds = {fold: split for fold, split in enumerate(read_splits(path)) if any(split.values())}
-        check_splits(folds, list(labelled), path, LABELLED_FOLDER)
+        check_splits(folds, labelled, path, LABELLED_FOLDER)
     except UserError as error:
         yield problem(str(error))
         return
-    yield ok(f"{path} names cases that are there, in {len(folds)} folds")
+    left_out = [f"fold {fold} {listed(cases)}" for fold, split in folds.items()
+                if (cases := cases_left_out(split, labelled))]
+    if left_out:
+        yield warning(f"{path} leaves out labelled cases, which are neither trained nor validated: "
+                      f"{'; '.join(left_out)}", "add them there, or remove the file, if that is not meant")
+    else:
+        yield ok(f"{path} names cases that are there, in {len(folds)} folds")
 
 
 def _without_surplus(cases: dict[str, list[str]], dataset_json: dict) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.raw_cases import shown
-from nnunetv2_semi.data.splits_file import check_splits, read_splits, splits_path
+from nnunetv2_semi.data.splits_file import cases_left_out, check_splits, read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.training import batches
 
@@ -39,13 +39,11 @@ def prepare_split(trainer: nnUNetTrainer) -> None:
 
 
 def name_cases_left_out(trainer: nnUNetTrainer) -> None:
-    """Log the labelled cases that the fold neither trains nor validates: splits_final.json may be older than they are.
-    """
+    """Log the labelled cases that splits_final.json leaves out of the fold."""
     path, folder = splits_path(trainer.preprocessed_dataset_folder_base), trainer.preprocessed_dataset_folder
     splits = read_splits(path) if trainer.fold != "all" and os.path.isfile(path) else []
     if trainer.fold in range(len(splits)):
-        named = {case for part in splits[trainer.fold].values() for case in part}
-        left_out = sorted(set(infer_dataset_class(folder).get_identifiers(folder)) - named)
+        left_out = cases_left_out(splits[trainer.fold], infer_dataset_class(folder).get_identifiers(folder))
         if left_out:
             trainer.print_to_log_file(
                 f"WARNING: fold {trainer.fold} of {path} neither trains nor validates {len(left_out)} labelled "
