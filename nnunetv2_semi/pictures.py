@@ -92,8 +92,11 @@ def save_overview(rows: Sequence[PictureRow], labels: Mapping[str, int], title: 
 
 
 def _draw_row(axes_row: Sequence[Axes], row: PictureRow, labels: Mapping[str, int]) -> None:
-    truth = next(iter(row.segmentations.values()))
-    index = slice_through_structures(truth, list(labels.values()))
+    values = list(labels.values())
+    # of the truth, or where that has none, of a prediction
+    shown = next((single for single in row.segmentations.values() if np.isin(single, values).any()),
+                 next(iter(row.segmentations.values())))
+    index = slice_through_structures(shown, values)
     panels: list[tuple[str, np.ndarray, np.ndarray | None]] = [
         (title, volume[index], None) for title, volume in row.images.items()
     ]

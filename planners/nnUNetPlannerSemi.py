@@ -122,12 +122,15 @@ class nnUNetPlannerSemi(ExperimentPlanner):
         plan["semi"] = self.semi_settings()
         if self.foundation_size is not None and len(plan["patch_size"]) == 2:
             joined = 2 if self.planned_graphs > 1 else 0  # passes of the foundation model
-            plan["batch_size"] = batch_beside_foundation(
-                plan["batch_size"], self._gb_of_a_2d_patch(plan) * self.planned_graphs, self.gpu_memory_target_in_gb,
-                self.foundation_size, passes=max(joined, 1))
+            plan["batch_size"] = self._batch_beside_foundation(plan, self.foundation_size, max(joined, 1))
             plan["semi"] |= {"planned_graphs": self.planned_graphs + joined,
                              "SynFoC": {"image_size": self.foundation_size}}
         return plan
+
+    def _batch_beside_foundation(self, plan: dict, image_size: int, passes: int) -> int:
+        """See `batch_beside_foundation`."""
+        return batch_beside_foundation(plan["batch_size"], self._gb_of_a_2d_patch(plan) * self.planned_graphs,
+                                       self.gpu_memory_target_in_gb, image_size, passes=passes)
 
     def _gb_of_a_2d_patch(self, plan: dict) -> float:
         """Memory of a forward pass of one patch, as nnU-Net estimates it."""

@@ -84,6 +84,10 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
         """Number of voxels of the patch: what limits this preset is time, not memory."""
         return int(np.prod(patch_size))
 
+    def _batch_beside_foundation(self, plan: dict, image_size: int, passes: int) -> int:
+        """The network's own: there is no memory target, and the batch has one size."""
+        return int(plan["batch_size"])
+
     def get_plans_for_configuration(
         self,
         spacing: np.ndarray | tuple[float, ...] | list[float],

@@ -196,6 +196,14 @@ def test_images_without_label_are_named_with_where_to_move_them(dataset: Path) -
     assert str(dataset / "imagesUn") in found.remedy
 
 
+def test_an_unlabelled_image_of_one_value_is_a_problem(dataset: Path) -> None:
+    """As preprocessing says, which refuses it."""
+    for file in sorted(images(dataset, "imagesUn"))[:2]:
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        sitk.WriteImage(sitk.GetImageFromArray(np.full_like(voxels, 3)), str(file))
+    assert "1 unlabelled images have a single value: " in only(findings(Level.PROBLEM)).finding
+
+
 def test_a_label_without_image_is_named(dataset: Path) -> None:
     shutil.copy(images(dataset, "labelsTr")[0], dataset / "labelsTr" / "orphan.nii.gz")
     assert "orphan" in only(findings(Level.WARNING)).finding

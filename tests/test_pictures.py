@@ -7,6 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from nnunetv2_semi import pictures
 from nnunetv2_semi.pictures import COLOURS, PictureRow, save_overview, slice_through_structures
 
 
@@ -18,6 +19,19 @@ def test_slice_shows_most_labels_and_then_most_of_the_smallest() -> None:
     truth[2, 7, :3] = 2
     truth[3, 7, :2] = 2
     assert slice_through_structures(truth, [1, 2]) == 2
+
+
+def test_without_a_structure_in_the_truth_the_slice_is_a_predictions(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = np.zeros((6, 8, 8), int)
+    predicted = empty.copy()
+    predicted[4, 2:5, 2:5] = 1
+    image = np.random.default_rng(0).normal(size=empty.shape)
+    drawn = []
+    monkeypatch.setattr(pictures, "_draw_labels", lambda axes, segmentation, labels: drawn.append(segmentation))
+    row = PictureRow("case", {"T1": image}, {"truth": empty, "control": empty, "Mix": predicted}, {})
+    save_overview([row], {"liver": 1}, "title", tmp_path / "picture.png")
+    assert [single.sum() for single in drawn] == [0, 0, 9]
 
 
 def test_outlines_have_the_colours_of_their_structures(tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ import os
 import re
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.commands import command_path
-
-_CHANNEL = re.compile(r"_\d{4}\.(?=[^.])")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if not args.i.is_dir():
         raise UserError(f"{args.i} is not a folder.")
-    images = [file for file in sorted(args.i.iterdir()) if _CHANNEL.search(file.name)]
+    images = [file for file in sorted(args.i.iterdir()) if _case_and_ending(file)]
     if not images:
         raise UserError(f"{args.i} holds no images named CASE_0000 with a file ending, as nnU-Net names them.")
     damaged = _damaged(images)
@@ -55,7 +54,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _case(file: Path) -> str:
     """Name of the case; a companion file of all channels, as TIFF files have, is named after it."""
-    return _CHANNEL.split(file.name)[0] if _CHANNEL.search(file.name) else file.stem
+    image = _case_and_ending(file)
+    return image[0] if image else file.stem
+
+
+def _case_and_ending(file: Path) -> tuple[str, str] | None:
+    """Of an image CASE_0000 with a file ending of one of nnU-Net's readers; None of any other file."""
+    image = _image_pattern().fullmatch(file.name)
+    return (image[1], image[2].lower()) if image else None
+
+
+@cache
+def _image_pattern() -> re.Pattern[str]:
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+
+    endings = {re.escape(ending) for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings}
+    return re.compile(rf"(.+)_\d{{4}}({'|'.join(endings)})", re.IGNORECASE)
 
 
 def _damaged(files: list[Path]) -> dict[Path, str]:
@@ -74,8 +88,8 @@ def _reason(file: Path) -> str:
 
     from nnunetv2_semi.data.file_contents import read_image
 
-    ending = "." + _CHANNEL.split(file.name, maxsplit=1)[1].lower()
-    reasons = [f"nnU-Net has no reader for {ending}"]
+    _, ending = _case_and_ending(file) or ("", "")
+    reasons = []
     for reader in (reader for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings):
         try:
             read_image(str(file), reader.__name__)
@@ -85,4 +99,4 @@ def _reason(file: Path) -> str:
             reasons.append(one_line(error))
         else:
             return ""
-    return reasons[min(1, len(reasons) - 1)]
+    return reasons[0]

@@ -273,8 +273,12 @@ def _record_file(split: str, name: str, options: AlignmentOptions) -> str:
 
 
 def _states(case: SourceCase) -> dict[str, list[int]]:
-    """The stamp of each file that is there: a link may lead nowhere, and reading it says so."""
-    return {os.path.basename(file): file_stamp(file) for file in case.files if os.path.isfile(file)}
+    """The stamp of each file that is there: a link may lead nowhere, and reading it says so.
+
+    By its place in the case too: files of several folders may have one name.
+    """
+    return {f"{place} {os.path.basename(file)}": file_stamp(file) for place, file in enumerate(case.files)
+            if os.path.isfile(file)}
 
 
 def _reason(error: BaseException) -> str:

@@ -115,6 +115,12 @@ def _modalities(value: object, channel_count: int, where: str) -> dict[str, tupl
                 )
             owner[channel] = name
         modalities[name] = tuple(channels)
+    folders: dict[str, str] = {}
+    for name in modalities:
+        other = folders.setdefault(folder_name(name).casefold(), name)
+        if other != name:
+            raise UserError(f'Modalities {other!r} and {name!r} of "modalities" in {where} would share the folder '
+                            f"{folder_name(name)}. Rename one of them.")
     return modalities
 
 
@@ -142,7 +148,7 @@ def modalities_or_channels(dataset_json: dict, where: str = "dataset.json") -> d
     if declared is not None:
         return {name: list(channels) for name, channels in declared.items()}
     names = named_channels(dataset_json)
-    unique = len(set(names.values())) == len(names)
+    unique = len({folder_name(str(name)).casefold() for name in names.values()}) == len(names)
     return {str(name) if unique else f"{name}_{index}": [int(index)] for index, name in names.items()}
 
 

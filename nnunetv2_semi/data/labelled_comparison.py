@@ -128,7 +128,7 @@ def compare_with_raw(
     folder = labelled_folder(plans_manager, configuration_manager)
     labelled = list_labelled_cases(os.path.join(nnUNet_raw, plans_manager.dataset_name), dataset_json)
     there = names_preprocessed(folder)
-    files = {case: (labelled[case], labels.files[case]) for case in sorted(set(labelled) & there)}
+    files = {case: (labelled[case], labels.files[case]) for case in sorted(set(labelled) & there & set(labels.files))}
     files = {case: (channels, label) for case, (channels, label) in files.items()
              if label in labels.contents and all(file in images for file in channels)}
     raw = {case: _raw_identity([images[file] for file in channels], labels.contents[label])

@@ -63,6 +63,7 @@ def check_images(
     yield from _check_orientations(labelled, unlabelled, contents)
     yield from _check_label_values(labels, contents, dataset_json)
     yield from _check_duplicates(labelled, unlabelled, test, contents)
+    yield from _check_constant(unlabelled, contents)
     yield from check_intensities(labelled, unlabelled, contents, dataset_json)
     yield from check_sizes(plans, labelled, unlabelled, contents)
     yield from check_preprocessed(plans, contents, labels, dataset_json)
@@ -101,6 +102,16 @@ def _check_geometry(cases: Cases, labels: Mapping[str, str], contents: Mapping[s
             "need it, but nnU-Net's --verify_dataset_integrity fails",
             "copy the .json files of their images to labelsTr",
         )
+
+
+def _check_constant(unlabelled: Cases, contents: Mapping[str, FileContent]) -> Iterator[Check]:
+    """Whether every unlabelled image has more than one value; preprocessing refuses the others."""
+    constant = [case for case, files in unlabelled.items()
+                if (known := [contents[file] for file in files if file in contents])
+                and all(content.constant for content in known)]
+    if constant:
+        yield problem(f"{len(constant)} unlabelled images have a single value: {listed(constant)}",
+                      "replace their files, or remove the cases")
 
 
 def _check_orientations(labelled: Cases, unlabelled: Cases, contents: Mapping[str, FileContent]) -> Iterator[Check]:

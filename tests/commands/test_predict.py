@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -81,6 +82,19 @@ def test_companion_files_go_with_their_case(tmp_path: Path, told: Path) -> None:
     assert cli.main(["predict", "-i", str(tmp_path)]) == 1
     left = json.loads(told.read_text())[1]
     assert "b_0000.tif" in left and "b.json" in left and "a_0000.tif" not in left and "a.json" not in left
+
+
+def test_files_that_are_no_images_and_names_with_dots_leave_no_case_out(images: Path, told: Path) -> None:
+    for name in ("a_0000.json", "b_0000.bval", "c_0001.md5", "notes_2021.txt"):
+        (images / name).write_text("{}")
+    for year in ("2021.5", "2022.5"):
+        for channel in ("0000", "0001"):
+            shutil.copy(images / f"a_{channel}.nii.gz", images / f"P_{year}_{channel}.nii.gz")
+    assert cli.main(["predict", "-i", str(images)]) == 0
+    truncate(images / "P_2021.5_0001.nii.gz")
+    assert cli.main(["predict", "-i", str(images)]) == 1
+    left = json.loads(told.read_text())[1]
+    assert "P_2022.5_0000.nii.gz" in left and "a_0000.nii.gz" in left and "P_2021.5_0000.nii.gz" not in left
 
 
 def test_nnunets_failure_is_passed_on(images: Path, told: Path) -> None:

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from nnunetv2_semi.data.dataset_settings import DatasetSettings, folder_name, num_channels, read_dataset_settings
+from nnunetv2_semi.data.dataset_settings import (
+    DatasetSettings,
+    folder_name,
+    modalities_or_channels,
+    num_channels,
+    read_dataset_settings,
+)
 from nnunetv2_semi.errors import UserError
 
 BASE = {"channel_names": {"0": "CT", "1": "T1", "2": "T2"}}
@@ -33,6 +39,7 @@ def test_values_are_read():
         ({"modalities": {"CT": [True]}}, "'CT'"),
         ({"modalities": {"CT": [3]}}, "channel 3.*0 to 2"),
         ({"modalities": {"CT": [0], "MR": [0, 1]}}, "channel 0 twice"),
+        ({"modalities": {"b<1000": [0], "b>1000": [1]}}, "'b<1000' and 'b>1000'.*would share the folder b_1000"),
         ({"domains": {"a": 1}}, "'a'"),
         ({"domains": ["A_*"]}, '"domains" must give a pattern of case names for each domain.*has \\[\'A_'),
         ({"plan_with_unlabelled": "yes"}, "\"plan_with_unlabelled\".*'yes'"),
@@ -49,6 +56,11 @@ def test_mistakes_are_named(semi, message):
 def test_without_channels_an_example_is_given():
     with pytest.raises(UserError, match='names no image channels. Add "channel_names", for example {"0": "T1"}'):
         num_channels({"labels": {"background": 0}})
+
+
+def test_channels_that_would_share_a_folder_are_modalities_with_their_number():
+    named = {**BASE, "channel_names": {"0": "T1+C", "1": "t1 c", "2": "T2"}}
+    assert modalities_or_channels(named) == {"T1+C_0": [0], "t1 c_1": [1], "T2_2": [2]}
 
 
 def test_a_folder_is_named_after_its_modality_without_odd_characters():

@@ -9,7 +9,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_semi.data import cached_reading, labelled_comparison
-from nnunetv2_semi.data.label_files import label_mistake
+from nnunetv2_semi.data.label_files import Labels, label_mistake
 from nnunetv2_semi.data.labelled_checks import check_labelled_cases, check_labels_before_preprocessing
 from nnunetv2_semi.data.labelled_comparison import compare_with_raw, read_labelled
 from nnunetv2_semi.errors import UserError
@@ -113,6 +113,16 @@ def test_a_case_that_was_labelled_later_is_named(preprocessed):
     assert f"{splits} does not name lab_c: add these cases there, or remove the file" in message(preprocessed)
     splits.write_text(json.dumps([{"train": ["lab_b", "lab_c"], "val": ["lab_a"]}]))
     assert "splits_final" not in message(preprocessed)
+
+
+def test_a_label_that_was_removed_hides_no_other_difference(preprocessed):
+    rewrite(label(preprocessed, "lab_b"), lambda voxels: np.roll(voxels, 2, 0))
+    manager, configuration = preprocessed.managers()
+    read, labels = read_labelled(manager, preprocessed.dataset_json, num_processes=1, show_progress_bar=False)
+    without = Labels({"lab_b": labels.files["lab_b"]}, labels.contents, {})
+    found = compare_with_raw(manager, configuration, preprocessed.dataset_json, images=read, labels=without,
+                             num_processes=1, show_progress_bar=False)
+    assert list(found.changed) == ["lab_b"]
 
 
 def test_a_list_in_dataset_json_decides_which_cases_are_labelled(preprocessed):

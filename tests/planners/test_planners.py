@@ -110,6 +110,13 @@ def test_joined_passes_of_both_models_fit_where_that_is_planned(raw_dataset):
     assert taken + sam_vit_b_memory(256, 2 * plan["batch_size"], False).total / 2 ** 30 <= 1.02 * 8
 
 
+@pytest.mark.parametrize("size", [256, 1024])
+def test_the_cpu_preset_has_one_batch_size_beside_a_foundation_model_too(raw_dataset, size):
+    raw_dataset(shape=(40, 128, 128), semi={"plan_with_foundation": size})
+    plan = nnUNetPlannerSemiCPU(DATASET).plan_experiment()["configurations"]["2d"]
+    assert plan["batch_size"] == 8 and plan["semi"]["SynFoC"] == {"image_size": size}
+
+
 def test_no_memory_for_a_foundation_model_is_an_error(raw_dataset):
     raw_dataset(shape=(40, 256, 256), semi={"plan_with_foundation": 1024})
     with pytest.raises(UserError, match="memory target is 4"):
