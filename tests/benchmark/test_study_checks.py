@@ -99,7 +99,8 @@ def test_other_splits_matter_to_trainings_of_folds_alone(tmp_path, monkeypatch):
         return SimpleNamespace(dataset="Dataset001_A", fold=fold, begun_with=lambda: "digest", folder="run",
                                model="model", study=SimpleNamespace(folder=tmp_path), base_plans_file=plans,
                                raw=tmp_path / "Dataset001_A", plans_file=plans, data_record=tmp_path / "data.json",
-                               data_begun_with=lambda: None, own_plans=lambda: {"image_reader_writer": "SimpleITKIO"})
+                               data_begun_with=lambda: None, data_digest=lambda digests: "digest",
+                               own_plans=lambda: {"image_reader_writer": "SimpleITKIO"})
 
     planned_data.note_data(begun("all"))
     now["splits_final.json"] = "3"
