@@ -100,14 +100,16 @@ def disagreement_message(found: Comparison, raw_dataset_folder: str, folder: str
     """Which cases differ, and how to mend it."""
     findings = found.findings()
     splits = splits_path(os.path.dirname(folder))
-    text = _text(splits) if os.path.isfile(splits) else None
-    named = [case for case in found.gone if text is not None and f'"{case}"' in text]
-    unnamed = [case for case in found.new if text is not None and f'"{case}"' not in text]
-    there = [f"names {shown(named)}: remove these cases there" if named else "",
-             f"does not name {shown(unnamed)}: add these cases there" if unnamed else ""]
+    mistakes = []
+    if os.path.isfile(splits):
+        text = _text(splits)
+        if named := [case for case in found.gone if f'"{case}"' in text]:
+            mistakes.append(f"names {shown(named)}: remove these cases there")
+        if unnamed := [case for case in found.new if f'"{case}"' not in text]:
+            mistakes.append(f"does not name {shown(unnamed)}: add these cases there")
     in_splits = "".join(
-        f" {splits} {what}, or remove the file, of which nnU-Net then makes a new one (models trained before have "
-        f"other folds)." for what in there if what
+        f" {splits} {mistake}, or remove the file, of which nnU-Net then makes a new one (models trained before have "
+        f"other folds)." for mistake in mistakes
     )
     return (
         f"{len(findings)} labelled case(s) in {folder} are not as in {raw_dataset_folder}: {shown(findings)}."

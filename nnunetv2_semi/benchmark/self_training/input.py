@@ -17,14 +17,13 @@ from nnunetv2_semi.benchmark.datasets.source_cases import Source
 from nnunetv2_semi.benchmark.self_training.stability import number_kept
 from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.benchmark.study.trainer_facts import trainer_class
+from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates
-from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
-from nnunetv2_semi.processes.pool import default_processes
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
 
@@ -272,10 +271,8 @@ def _check_no_labelled_image(source: Source, preprocessed: Path, reader_name: st
     """A labelled case, perhaps of the validation split, must not come back with a predicted label and another name."""
     labelled, unlabelled = ({name: list(case.images.values()) for name, case in cases.items()}
                             for cases in (source.labelled, source.unlabelled))
-    contents, _ = file_contents(
-        [file for files in (*labelled.values(), *unlabelled.values()) for file in files],
-        raw_dataset_folder=source.folder, cache_folder=str(preprocessed), reader_name=reader_name,
-        num_processes=default_processes())
+    contents = TrainingData(Path(source.folder), preprocessed, reader_name).contents(
+        [file for files in (*labelled.values(), *unlabelled.values()) for file in files])
     pairs = [f"{Path(same.file).name} = {Path(same.other_file).name}"
              for same in find_duplicates(unlabelled, contents, labelled)]
     if pairs:
