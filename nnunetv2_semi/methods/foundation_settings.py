@@ -22,8 +22,8 @@ class FoundationSettings(Settings):
     )
     weights: str | None = setting(
         None,
-        'of the foundation model: a file (`sam_vit_b.pth`, `medsam_vit_b.pth`, nnU-Net\'s `checkpoint_final.pth`), a '
-        'folder in the format of transformers, or `"hub:owner/name"`; `"random"`: none',
+        "of the foundation model: a file (`sam_vit_b_01ec64.pth`, `medsam_vit_b.pth`, nnU-Net's "
+        '`checkpoint_final.pth`), a folder in the format of transformers, or `"hub:owner/name"`; `"random"`: none',
     )
     weights_sha256: str | None = setting(
         None,

@@ -61,9 +61,9 @@ class Settings(BaseModel):
     )
     unlabelled_foreground: float = setting(
         0.0,
-        "share of unlabelled patches that are centred on what the network takes for foreground, as nnU-Net "
-        "centres a third of the labelled ones; the network looks through some of the unlabelled cases after a"
-        " tenth, three and six tenths of training",
+        "share of unlabelled patches that are centred on predicted foreground, as nnU-Net centres about a third of "
+        "the labelled ones (of two, one); after 10, 30 and 60 % of training the network predicts some unlabelled "
+        "cases to find it",
         at_least=0, at_most=1,
     )
     unlabelled_weight: float = setting(
@@ -123,7 +123,7 @@ class Settings(BaseModel):
     max_skipped_steps: int = setting(50, "so many steps in a row that are not finite stop the training", at_least=1)
     modalities: dict[str, list[int]] | None = setting(
         None,
-        "modality to channels, as in `dataset.json`, which is the place for it; `null` takes that one",
+        "channels of each modality; `null`: those of `dataset.json`, where they should be set",
     )
     regions: bool | None = setting(None, "region-based labels; written by the trainer, whatever you set")
 

@@ -14,13 +14,16 @@ from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import whole_file
 from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
 from nnunetv2_semi.distributed import on_first_process
-from nnunetv2_semi.methods.settings import Settings, settings_from_plan
+from nnunetv2_semi.methods.settings import Settings, sections_of_others, settings_from_plan
 from nnunetv2_semi.training import batches, splits
+
+# Of the "semi" object.
+USED = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every", "initial_lr",
+        "momentum", "deep_supervision", "seed", "final_validation")
 
 
 class nnUNetTrainerSemiStock(nnUNetTrainer):
-    """nnU-Net's loader, augmentation, loss and step. Of the ``"semi"`` object: num_epochs, num_iterations_per_epoch,
-    num_val_iterations_per_epoch, save_every, initial_lr, momentum, deep_supervision, seed, final_validation.
+    """nnU-Net's loader, augmentation, loss and step. Of the ``"semi"`` object it takes what `USED` names.
 
     Its worker processes draw patches unseeded, so a seed decides the initial weights alone.
     """
@@ -29,7 +32,12 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
                  device: torch.device = torch.device("cuda")) -> None:  # noqa: B008
         check_dataset_json(dataset_json, preprocessed_dataset_json(plans["dataset_name"]))
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings = settings_from_plan(Settings, self.configuration_manager.configuration.get("semi", {}), "Stock")
+        asked = self.configuration_manager.configuration.get("semi", {})
+        self.settings = settings_from_plan(Settings, asked, "Stock")
+        defaults = Settings(planned_graphs=self.settings.planned_graphs)  # the planner's
+        if unused := [*(name for name, value in self.settings if name not in USED and value != getattr(defaults, name)),
+                      *sections_of_others(Settings, asked, "Stock")]:
+            self.print_to_log_file(f'Not used by Stock: {", ".join(unused)} of "semi".')
         compat.take_over_settings(self, self.settings)
         compat.no_more_threads_than_cores(self.device)
         self._trained_here = False

@@ -246,6 +246,12 @@ def test_log_names_the_settings_of_other_methods(tools, workspace):
     assert 'Not used by MeanTeacher: the settings in CML of "semi".' in written
 
 
+def test_stock_trainer_names_the_changed_settings_that_it_does_not_use(tools, workspace):
+    tools.set_semi(workspace, mirroring=False, rotation=None, momentum=0.9, Mix={"cutmix": 0})
+    written = Path(tools.trainer(workspace, "nnUNetTrainerSemiStock").log_file).read_text()
+    assert 'Not used by Stock: mirroring, Mix of "semi".' in written
+
+
 def test_one_modality_stops_before_anything_is_built(tools, workspace):
     tools.set_semi(workspace, modalities={"both": [0, 1]})
     with pytest.raises(UserError, match="two or more modalities"):
