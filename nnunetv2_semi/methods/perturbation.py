@@ -19,7 +19,7 @@ class ViewSettings(BaseSettings):
         "this) to 1 + this",
         at_least=0,
     )
-    view_scale: float = setting(0.5, "then intensities are multiplied by 1 ± this", at_least=0)
+    view_scale: float = setting(0.5, "then intensities are multiplied by 1 ± this", at_least=0, at_most=1)
     view_shift: float = setting(0.5, "and shifted by up to this many standard deviations of the channel", at_least=0)
     view_noise: float = setting(0.2, "largest standard deviation of the noise", at_least=0)
     view_noise_probability: float = setting(0.5, "of adding noise", at_least=0, at_most=1)

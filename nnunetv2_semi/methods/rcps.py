@@ -84,7 +84,7 @@ class RCPSSettings(BaseSettings):
         "a gamma curve between a patch's lowest and highest intensity, exponent 1 / (1 + this) to 1 + this",
         at_least=0, paper=0,
     )
-    view_scale: float = setting(0.5, "intensities are multiplied by 1 ± this", at_least=0)
+    view_scale: float = setting(0.5, "intensities are multiplied by 1 ± this", at_least=0, at_most=1)
     view_shift: float = setting(0.5, "and shifted by up to this many units, see next line", at_least=0)
     view_shift_by: Literal["std", "mean"] = setting(
         "std",
