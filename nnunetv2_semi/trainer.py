@@ -21,6 +21,7 @@ from nnunetv2_semi import compat
 from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
 from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels, read_dataset_settings
+from nnunetv2_semi.data.labelled_checks import check_preprocessed
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process
 from nnunetv2_semi.errors import UserError
@@ -107,6 +108,7 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         """Build the method with its networks, the optimisers and nnU-Net's loss; weights depend on the seed alone."""
         if self.was_initialized:
             raise RuntimeError("initialize() was called twice")
+        check_preprocessed(self.plans_manager, self.configuration_manager)
         self._set_batch_size_and_oversample()
         self.loss = self._build_loss()
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,

@@ -134,7 +134,7 @@ def _folds(model_folder: str, folds: Sequence[str] | None, checkpoint_name: str)
         raise UserError(f"{model_folder} has no {checkpoint_name} for fold {', '.join(missing) or '(any)'}. "
                         f"Folds that have it: {', '.join(trained) or 'none'}. An unfinished training can be exported "
                         "with -chk checkpoint_best.pth.")
-    return list(folds) if folds else trained
+    return list(folds) if folds else [fold for fold in trained if fold != "all"] or trained  # as nnU-Net chooses
 
 
 def _method_of(trainer_name: str) -> type[Method]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -43,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
         if left_out:
             for file in args.i.iterdir():
                 if _case(file) not in left_out:
-                    os.symlink(file.resolve(), Path(readable, file.name))
+                    try:
+                        os.symlink(file.resolve(), Path(readable, file.name))
+                    except (OSError, NotImplementedError):  # Windows without developer mode
+                        shutil.copyfile(file, Path(readable, file.name))
         folder = readable if left_out else str(args.i)
         status = subprocess.call([command_path("nnUNetv2_predict"), "-i", folder, *args.more])
     if left_out:

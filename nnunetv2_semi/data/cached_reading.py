@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -73,18 +74,10 @@ def read_cached(
         if entry is not None and entry["stamp"] == stamps[path]:
             contents[path] = from_json(entry["content"])
 
-    def save() -> bool:
-        if not cache_file:
-            return False
-        for path, content in contents.items():
-            known[_cache_key(path, raw_dataset_folder)] = {"stamp": stamps[path], "content": asdict(content)}
-        return write_if_possible(cache_file, {**made_by, "files": known}, report)
-
     to_read = [path for path in stamps if path not in contents]
     if not to_read:
         return contents, unreadable
-    saved, last_save = True, time.monotonic()
-    try:
+    with saved_now_and_then(cache_file, {**made_by, "files": known}, report) as save:
         for path, (found, reason) in results_in_parallel(
             partial(_content_or_reason, read),
             to_read,
@@ -96,12 +89,29 @@ def read_cached(
                 unreadable[path] = reason
             else:
                 contents[path] = found
-            if saved and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
-                saved, last_save = save(), time.monotonic()
-    finally:
-        if saved:
+                known[_cache_key(path, raw_dataset_folder)] = {"stamp": stamps[path], "content": asdict(found)}
             save()
     return contents, dict(sorted(unreadable.items()))
+
+
+@contextmanager
+def saved_now_and_then(path: str | None, content: Mapping[str, object],
+                       report: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """A function to call whenever ``content`` has changed, which `write_if_possible` writes now and then, and at last.
+
+    path: None writes nothing. What cannot be written is not tried again.
+    """
+    possible, last_save = path is not None, time.monotonic()
+
+    def save(at_once: bool = False) -> None:
+        nonlocal possible, last_save
+        if path is not None and possible and (at_once or time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES):
+            possible, last_save = write_if_possible(path, content, report), time.monotonic()
+
+    try:
+        yield save
+    finally:
+        save(at_once=True)
 
 
 def write_if_possible(path: str, content: Mapping[str, object], report: Callable[[str], None]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nnunetv2_semi.data.file_contents import FileContent
+from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.data.thumbnails import look_alikes
 
 LOOK_ALIKE = "seem to show the same scan, flipped, turned, resampled, padded or rescaled in intensity"
@@ -57,6 +59,7 @@ def find_duplicates(
                 duplicates.setdefault((case, other_case), Duplicate(case, file, other_case, other_file))
     return list(duplicates.values())
 
+
 def find_look_alikes(
     cases: Mapping[str, Iterable[str]],
     contents: Mapping[str, FileContent],
@@ -82,6 +85,12 @@ def find_look_alikes(
         if (others is not None or j < i) and contents[file].digest != contents[other_file].digest:
             found.append(Duplicate(case, file, other_case, other_file))
     return found
+
+
+def shown_pairs(pairs: Sequence[Duplicate]) -> str:
+    """The first 20 pairs, with the folder of the second file."""
+    return shown([f"{os.path.basename(pair.file)} = {os.path.join(*pair.other_file.split(os.sep)[-2:])}"
+                  for pair in pairs])
 
 
 def _first_images(cases: Mapping[str, Iterable[str]], contents: Mapping[str, FileContent]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS, channels_of_case
+from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS, channels_of_case, lacking_warning
 from nnunetv2_semi.data.dataset_settings import num_channels
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.errors import UserError, one_line
@@ -32,6 +33,13 @@ class FillingPreprocessor(DefaultPreprocessor):
     such key and are what nnU-Net makes of them, except that minus zero, the mark of an absent channel, becomes zero.
     """
 
+    _names_absent = True
+
+    def run_case_save(self, *arguments: object) -> None:
+        """nnU-Net's, of training cases: which of these lack channels is said once of all."""
+        self._names_absent = False
+        super().run_case_save(*arguments)  # type: ignore[arg-type]
+
     def run_case(
         self,
         image_files: list[str],
@@ -40,7 +48,7 @@ class FillingPreprocessor(DefaultPreprocessor):
         configuration_manager: ConfigurationManager,
         dataset_json: dict | str,
     ) -> Case:
-        """Read and preprocess one case, for training or prediction.
+        """Read and preprocess one case, for training or prediction; there, what it lacks is printed.
 
         Args:
             image_files: one per channel that is there, the channel's number in the name; or one with all channels.
@@ -70,6 +78,8 @@ class FillingPreprocessor(DefaultPreprocessor):
             )
         present = channels_of_case(image_files, len(data), content)
         if len(present) < num_channels(content):
+            if self._names_absent and seg_file is None:
+                print(lacking_warning({os.path.basename(image_files[0]): present}, content, "predicted"))
             data = data[np.argsort(present)]
             properties[PRESENT_CHANNELS] = sorted(present)
         return self.run_case_npy(data, seg, properties, plans_manager, configuration_manager, content)

@@ -48,10 +48,9 @@ def check_labelled_cases(
         UserError: no preprocessed case; cases that differ; labels or channels on another grid; the mistakes
             listed in `check_labelled_case_names`; see `check_label_files`.
     """
+    check_preprocessed(plans_manager, configuration_manager)
     folder = labelled_folder(plans_manager, configuration_manager)
     command = preprocessing_command(plans_manager, configuration_manager)
-    if not names_preprocessed(folder):
-        raise UserError(f"There is no preprocessed labelled case in {folder}. Run: {command}")
     if not nnUNet_raw.is_set() or not os.path.isdir(os.path.join(nnUNet_raw, plans_manager.dataset_name)):
         return
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
@@ -73,6 +72,14 @@ def check_labelled_cases(
             f"{len(no_images)} labelled case(s) in {folder} are no images: {shown(no_images)}. Replace their files in "
             f"{raw_dataset_folder}, or remove the cases; then run: {command}"
         )
+
+
+def check_preprocessed(plans_manager: PlansManager, configuration_manager: ConfigurationManager) -> None:
+    """Refuse a configuration without preprocessed labelled cases. Raises UserError with the command that makes them."""
+    folder = labelled_folder(plans_manager, configuration_manager)
+    if not names_preprocessed(folder):
+        raise UserError(f"There is no preprocessed labelled case in {folder}. Run: "
+                        f"{preprocessing_command(plans_manager, configuration_manager)}")
 
 
 def check_labels_before_preprocessing(

@@ -20,7 +20,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_semi.data.atomic_files import read_json_object
-from nnunetv2_semi.data.cached_reading import companion_files, write_if_possible
+from nnunetv2_semi.data.cached_reading import companion_files, saved_now_and_then
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, stored_image_problem
 from nnunetv2_semi.data.dataset_settings import num_channels
@@ -28,6 +28,7 @@ from nnunetv2_semi.data.file_contents import FileContent, file_contents
 from nnunetv2_semi.data.grids import same_spacing
 from nnunetv2_semi.data.label_files import Labels, read_labels
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.data.resampled_size import NO_RESAMPLING
 from nnunetv2_semi.data.thumbnails import look_alikes, thumbnail
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
@@ -170,20 +171,21 @@ def _changed_and_unusable(
                 tasks.append((case, *files[case], thumbnails, _may_be_another(job, case, *files[case])))
         elif entry["raw"] != identity:
             tasks.append((case, *files[case], [], True))
-    for (case, *_), (difference, problem) in results_in_parallel(
-        partial(_examine, job),
-        tasks,
-        num_processes=num_processes,
-        description="Comparing labelled cases",
-        show_progress_bar=show_progress_bar,
-    ):
-        if difference is not None:
-            changed[case] = difference
-        else:
-            made = _preprocessed_identity(job.folder, case)
-            current[case] = {"preprocessed": made, "raw": raw[case], "problem": problem}
-    if tasks:
-        write_if_possible(record_file, {"version": _RECORD_VERSION, "cases": current}, report)
+    content = {"version": _RECORD_VERSION, "cases": current}
+    with saved_now_and_then(record_file if tasks else None, content, report) as save:
+        for (case, *_), (difference, problem) in results_in_parallel(
+            partial(_examine, job),
+            tasks,
+            num_processes=num_processes,
+            description="Comparing labelled cases",
+            show_progress_bar=show_progress_bar,
+        ):
+            if difference is not None:
+                changed[case] = difference
+            else:
+                made = _preprocessed_identity(job.folder, case)
+                current[case] = {"preprocessed": made, "raw": raw[case], "problem": problem}
+            save()
     unusable = {case: current[case]["problem"] for case in raw
                 if case not in changed and current[case]["problem"] is not None}
     return dict(sorted(changed.items())), unusable
@@ -195,7 +197,11 @@ def _examine(
     """What differs when the case is preprocessed anew, if it may be another; and why the stored image is none."""
     case, images, label, thumbnails, may_be_another = task
     problem = stored_image_problem(job.folder, case)
-    anew = may_be_another or (problem is None and not _looks_like(job.folder, case, thumbnails))
+    anew = may_be_another or (
+        problem is None
+        and not _looks_like(job.folder, case, thumbnails)
+        and not _looks_like(job.folder, case, _thumbnails_normalised(job, images, label))
+    )
     return _difference_anew(job, case, images, label) if anew else None, problem
 
 
@@ -247,11 +253,26 @@ def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], lab
     return os.path.isfile(copy) and not filecmp.cmp(copy, label, shallow=False)
 
 
-def _looks_like(folder: str, case: str, thumbnails: Sequence[str]) -> bool:
-    """Whether the preprocessed case looks like the raw one, so that they need not be compared voxel by voxel.
+def _thumbnails_normalised(job: PreprocessingJob, images: list[str], label: str) -> list[str]:
+    """Of a raw case once it is cropped and normalised, as clipping or a mask may change how it looks.
 
-    Where normalisation with a mask or clipping changed how it looks, it does not.
+    Without resampling, which takes most of the time. Empty if that fails: a comparison anew says why.
     """
+    as_it_is = {"resampling_fn_data": NO_RESAMPLING, "resampling_fn_data_kwargs": {},
+                "resampling_fn_seg": NO_RESAMPLING, "resampling_fn_seg_kwargs": {}}
+    configuration = ConfigurationManager({**job.configuration_manager.configuration, **as_it_is})
+    try:
+        image, _, properties = job.preprocessor(verbose=False).run_case(
+            images, label, job.plans_manager, configuration, job.dataset_json)
+    except MemoryError:
+        raise
+    except Exception:  # whatever a reader or preprocessor raises
+        return []
+    return [thumbnail(image[channel]) for channel in properties.get(PRESENT_CHANNELS, range(len(image)))]
+
+
+def _looks_like(folder: str, case: str, thumbnails: Sequence[str]) -> bool:
+    """Whether the preprocessed case looks like the raw one, so that they need not be compared voxel by voxel."""
     image, _, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
     channels = properties.get(PRESENT_CHANNELS, range(len(image)))
     return len(channels) == len(thumbnails) and all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from nnunetv2_semi.processes.pool import exit_with_parent
 LoadedBatch = dict[str, object]
 # Per case, per foreground label or region (numbered from 0): voxels as nnU-Net stores them, rows (0, z, y, x).
 ForegroundVoxels = dict[str, dict[int, np.ndarray]]
+_WAIT = -1  # in place of an index
+_SECONDS_TO_WAIT = 0.05
 _AS_SOON_AS_READY: dict = {"in_order": False} if "in_order" in inspect.signature(DataLoader).parameters else {}
 
 
@@ -136,20 +139,40 @@ class SeededBatches(Dataset):
 
 
 class _Numbered(Dataset):
-    """Items with their index, for those that arrive in another order."""
+    """Items with their index, for those that arrive in another order; nothing for `_WAIT`, after a while."""
 
     def __init__(self, batches: SeededBatches) -> None:
         self.batches = batches
 
     def __getitem__(self, index: int) -> tuple[int, dict[str, LoadedBatch]]:
+        if index == _WAIT:
+            time.sleep(_SECONDS_TO_WAIT)
+            return index, {}
         return index, self.batches[index]
+
+
+class _Indices:
+    """Indices of items to make, at most ``ahead`` from the one that is next to be used; beyond these `_WAIT`."""
+
+    def __init__(self, start: int, stop: int, ahead: int) -> None:
+        self.next_used = start
+        self._made, self._stop, self._ahead = start, stop, ahead
+
+    def __iter__(self) -> Iterator[int]:
+        while self._made < self._stop:
+            if self._made >= self.next_used + self._ahead:
+                yield _WAIT
+            else:
+                self._made += 1
+                yield self._made - 1
 
 
 class BatchStream(Iterator[dict[str, LoadedBatch]]):
     """The items of `SeededBatches` in order, made ahead by worker processes.
 
     A worker that is done takes the next item even while an earlier one, slow to make, is waited for; items that are
-    ready too early are kept until it is their turn. (With torch before 2.6 workers take items in turn, and wait.)
+    ready too early are kept until it is their turn, twice as many as are made ahead: then workers wait, so that neither
+    memory nor file handles run out. (With torch before 2.6 workers take items in turn, and wait.)
 
     Workers end on `close`, when the stream is garbage, when the interpreter exits and when the parent is killed. What a
     worker raises is raised by `next`.
@@ -176,12 +199,12 @@ class BatchStream(Iterator[dict[str, LoadedBatch]]):
         start_method: str | None = None,
     ) -> None:
         self.batches = batches
-        self._next_index = start
+        self._indices = _Indices(start, sys.maxsize if length is None else length, max(1, 2 * prefetch * num_workers))
         self._early: dict[int, dict[str, LoadedBatch]] = {}
         loader: DataLoader = DataLoader(
             _Numbered(batches),
             batch_size=None,
-            sampler=range(start, sys.maxsize if length is None else length),
+            sampler=self._indices,
             num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
@@ -197,16 +220,17 @@ class BatchStream(Iterator[dict[str, LoadedBatch]]):
     @property
     def next_index(self) -> int:
         """Index of the item that `next` gives: `start` of a stream that continues this one."""
-        return self._next_index
+        return self._indices.next_used
 
     def __next__(self) -> dict[str, LoadedBatch]:
         if self._batches is None:
             raise RuntimeError("This stream of batches was closed.")
-        while self._next_index not in self._early:
+        while self.next_index not in self._early:
             index, batch = next(self._batches)
-            self._early[index] = batch
-        self._next_index += 1
-        return self._early.pop(self._next_index - 1)
+            if index != _WAIT:
+                self._early[index] = batch
+        self._indices.next_used += 1
+        return self._early.pop(self.next_index - 1)
 
     def close(self) -> None:
         """Stop the workers; may be called more than once."""

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_semi.data.case_channels import channels_of_cases, lacking_channels, lacking_warning
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_missing
 from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
-from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes
+from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes, shown_pairs
 from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometry_difference
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
@@ -160,10 +160,12 @@ def _report_look_alikes(
     report: Callable[[str], None],
 ) -> None:
     """Name new cases that seem to be copies: once, since to compare thousands of cases takes minutes."""
-    for pair in (*find_look_alikes(new, contents, others), *find_look_alikes(new, contents)):
+    alike = [*find_look_alikes(new, contents, others), *find_look_alikes(new, contents)]
+    if alike:
         report(
-            f"WARNING: {os.path.basename(pair.file)} in {UNLABELLED_FOLDER} and {os.path.basename(pair.other_file)} "
-            f"{LOOK_ALIKE}. If they do, remove the first: the other may be a validation case, or is seen too often."
+            f"WARNING: {len(alike)} pair(s) of an image in {UNLABELLED_FOLDER} and another {LOOK_ALIKE}: "
+            f"{shown_pairs(alike)}. If they do, remove the first: the other may be a validation case, or is seen too "
+            "often."
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+NO_RESAMPLING = "no_resampling_hack"  # nnU-Net's function that leaves images as they are
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _FLOAT32 = 4
 _FLOAT64_AND_MASK = 8 + 1  # nnU-Net resamples one channel after the other, in double precision
@@ -44,6 +45,8 @@ def size_problem(
     stated = f"its size is {_times(shape)} voxels of {_times(spacing)} mm"
     if not all(math.isfinite(size) and size > 0 for size in spacing):
         return f"{stated}: no voxel size. Correct the header"
+    if configuration.configuration.get("resampling_fn_data") == NO_RESAMPLING:
+        return None
     resampled = resampled_shape(shape, spacing, plans_manager, configuration)
     plan = f"{_times(configuration.spacing)} mm"
     if 0 in resampled:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from nnunetv2_semi.data.cached_reading import companion_files
-from nnunetv2_semi.data.duplicates import LOOK_ALIKE, Duplicate, find_duplicates, find_look_alikes
+from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes, shown_pairs
 from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometry_difference, name_of_reader
 from nnunetv2_semi.data.grids import orientation
 from nnunetv2_semi.data.label_files import label_mistake
@@ -151,24 +151,25 @@ def _check_duplicates(
     leaks = find_duplicates(unlabelled, contents, labelled)
     if leaks:
         yield problem(
-            f"{len(leaks)} unlabelled cases are labelled cases under another name: {_pairs(leaks)}",
+            f"{len(leaks)} unlabelled cases are labelled cases under another name: {shown_pairs(leaks)}",
             "remove these cases from imagesUn: they may belong to a validation split",
         )
     twice = find_duplicates(unlabelled, contents)
     if twice:
         yield warning(
-            f"{len(twice)} unlabelled cases are there twice: {_pairs(twice)}", "remove one of each pair from imagesUn"
+            f"{len(twice)} unlabelled cases are there twice: {shown_pairs(twice)}",
+            "remove one of each pair from imagesUn",
         )
     labelled_twice = find_duplicates(labelled, contents)
     if labelled_twice:
         yield warning(
-            f"{len(labelled_twice)} labelled cases are there twice: {_pairs(labelled_twice)}",
+            f"{len(labelled_twice)} labelled cases are there twice: {shown_pairs(labelled_twice)}",
             "remove one of each pair: training and validation may share them",
         )
     tested = find_duplicates(test, contents, {**labelled, **unlabelled})
     if tested:
         yield warning(
-            f"{len(tested)} test cases are training cases under another name: {_pairs(tested)}",
+            f"{len(tested)} test cases are training cases under another name: {shown_pairs(tested)}",
             "results on these test cases mean nothing: remove them from imagesTs or from training",
         )
     alike = [
@@ -177,13 +178,7 @@ def _check_duplicates(
     ]
     if alike:
         yield warning(
-            f"{len(alike)} pairs of cases {LOOK_ALIKE}: {_pairs(alike)}", "if they do, treat them as the same case"
+            f"{len(alike)} pairs of cases {LOOK_ALIKE}: {shown_pairs(alike)}", "if they do, treat them as the same case"
         )
     if not (leaks or twice or labelled_twice or tested or alike):
         yield ok("no case is there twice")
-
-
-def _pairs(duplicates: list[Duplicate]) -> str:
-    return listed(
-        f"{os.path.basename(pair.file)} = {os.path.join(*pair.other_file.split(os.sep)[-2:])}" for pair in duplicates
-    )

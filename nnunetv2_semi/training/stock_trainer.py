@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import whole_file
 from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
+from nnunetv2_semi.data.labelled_checks import check_preprocessed
 from nnunetv2_semi.distributed import on_first_process
 from nnunetv2_semi.methods.settings import Settings, sections_of_others, settings_from_plan
 from nnunetv2_semi.training import batches, splits
@@ -43,6 +44,7 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
         self._trained_here = False
 
     def initialize(self) -> None:
+        check_preprocessed(self.plans_manager, self.configuration_manager)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(self.settings.seed % 2**32)  # numpy takes no larger one
         super().initialize()

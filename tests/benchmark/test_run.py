@@ -262,9 +262,10 @@ def test_test_cases_that_are_training_cases_are_named(planned, capsys):
             file.unlink()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert len(lines) == 2
-    assert lines[0].startswith("WARNING: 1 test case(s) of Dataset001_Phantom and training cases are the same image: "
-                               f"same_0000.nii.gz = {source.name}. Results on these test cases mean nothing")
-    assert "seem to show the same scan" in lines[1] and f"flipped_0000.nii.gz = {source.name}. Results" in lines[1]
+    place = Path(source.parent.name, source.name)
+    assert lines[0].startswith("WARNING: 1 pair(s) of a test case of Dataset001_Phantom and a training case are the "
+                               f"same image: same_0000.nii.gz = {place}. Results on these test cases mean nothing")
+    assert "seem to show the same scan" in lines[1] and f"flipped_0000.nii.gz = {place}. Results" in lines[1]
 
 
 def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(planned):

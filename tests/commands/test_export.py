@@ -165,7 +165,9 @@ def test_a_checkpoint_is_no_larger_than_its_network(model, tmp_path):
 def test_all_trained_folds_or_those_asked_for_are_exported_with_weights_of_their_own(model, tmp_path):
     folder, networks = model(MEAN_TEACHER, ("0", "2", "all"))
     (folder / "fold_1").mkdir()  # begun, not trained
-    export_model(str(folder), str(tmp_path / "every"))
+    export_model(str(folder), str(tmp_path / "numbered"))
+    assert sorted(path.name for path in (tmp_path / "numbered").glob("fold_*")) == ["fold_0", "fold_2"]
+    export_model(str(folder), str(tmp_path / "every"), folds=["0", "2", "all"])
     assert sorted(path.name for path in (tmp_path / "every").glob("fold_*")) == ["fold_0", "fold_2", "fold_all"]
     for fold, network in networks.items():
         checkpoint = checkpoint_of(tmp_path / "every", fold)

@@ -65,6 +65,18 @@ def test_a_damaged_case_is_named_and_the_others_are_predicted(
                            "--continue_prediction.\n")
 
 
+def test_where_the_system_permits_no_links_images_are_copied(
+    images: Path, told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(predict.os, "symlink", refuse)
+    truncate(images / "b_0001.nii.gz")
+    assert cli.main(["predict", "-i", str(images), "-o", "out"]) == 1
+    assert json.loads(told.read_text())[1] == ["a_0000.nii.gz", "a_0001.nii.gz", "c_0000.nii.gz", "c_0001.nii.gz"]
+
+
 def test_voxels_that_are_no_numbers_count_as_damage(tmp_path: Path, told: Path) -> None:
     for case, value in (("a", np.nan), ("b", 1)):
         voxels = np.full((3, 4, 5), value, np.float32)

@@ -22,6 +22,17 @@ def test_a_whole_file_passes(tmp_path, image, ending):
     assert check_file_complete(str(path)) is None
 
 
+def test_what_readers_put_up_with_passes(tmp_path, image):
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(gzip.compress(sitk_bytes(tmp_path, image)) + b"more")
+    assert check_file_complete(str(path)) is None
+    path.write_bytes(sitk_bytes(tmp_path, image))  # not compressed
+    assert check_file_complete(str(path)) is None
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(OSError, match="cut off"):
+        check_file_complete(str(path))
+
+
 @pytest.mark.parametrize("ending", ["nii.gz", "nii"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
 def test_a_truncated_nifti_is_refused(tmp_path, image, ending, kept):

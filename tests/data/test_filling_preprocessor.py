@@ -183,7 +183,7 @@ class AsNamedInThePlans(ConfigurationManager):
     preprocessor_class = FillingPreprocessor
 
 
-def test_prediction_takes_the_files_that_lie_in_a_folder(mixed, tmp_path):
+def test_prediction_takes_the_files_that_lie_in_a_folder(mixed, tmp_path, capsys):
     folder = tmp_path / "to_predict"
     for case, channels in {"both": [0, 1], "ct": [1], "mr": [0]}.items():
         for channel in channels:
@@ -198,6 +198,8 @@ def test_prediction_takes_the_files_that_lie_in_a_folder(mixed, tmp_path):
         lists, None, outputs, plans_manager, mixed.dataset_json, AsNamedInThePlans(configuration.configuration),
         found, threading.Event(), threading.Event(),
     )  # fmt: skip
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lack channels" in line]
+    assert len(lines) == 2 and "predicted cases lack channels (MR only: 1): mr_0000.nii.gz." in lines[1]
     items = [found.get() for _ in range(3)]
     present = {item["ofile"].rsplit("/")[-1]: present_channels(item["data"][None]).tolist() for item in items}
     assert present == {"both": [[True, True]], "ct": [[False, True]], "mr": [[True, False]]}

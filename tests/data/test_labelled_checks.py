@@ -12,6 +12,7 @@ from nnunetv2_semi.data import cached_reading, labelled_comparison
 from nnunetv2_semi.data.label_files import Labels, label_mistake
 from nnunetv2_semi.data.labelled_checks import check_labelled_cases, check_labels_before_preprocessing
 from nnunetv2_semi.data.labelled_comparison import compare_with_raw, read_labelled
+from nnunetv2_semi.data.thumbnails import thumbnail
 from nnunetv2_semi.errors import UserError
 
 COMMAND = "nnUNetv2_preprocess -d 1 -plans_name Plans -c 3d_fullres"
@@ -85,6 +86,48 @@ def test_what_nnunet_preprocessed_is_right_and_is_read_once(preprocessed, prepro
     monkeypatch.setattr(labelled_comparison, "_examine", lambda *_: pytest.fail("compared again"))
     monkeypatch.setattr(cached_reading, "_content_or_reason", lambda *_: pytest.fail("read again"))
     check(preprocessed)
+
+
+@pytest.mark.parametrize("how", ["a mask", "clipping"])
+def test_a_case_that_normalisation_changed_is_not_resampled_to_be_compared(tiny, monkeypatch, how):
+    """As skull-stripped MR and CT: less noise than contrast, most of which normalisation takes away."""
+    settings = tiny.plans["configurations"]["3d_fullres"]
+    if how == "a mask":
+        settings["use_mask_for_norm"] = [True, True]
+    else:
+        settings["normalization_schemes"] = ["CTNormalization"] * 2
+        for intensities in tiny.plans["foreground_intensity_properties_per_channel"].values():
+            intensities.update(percentile_00_5=110.0, percentile_99_5=130.0, mean=120.0, std=5.0)
+    tiny.save()
+    z, y, x = np.ogrid[-1:1:20j, -1:1:28j, -1:1:24j]
+    for path in tiny.raw_folder.glob("images*/*"):
+        rewrite(str(path), lambda voxels: np.where(z**2 + y**2 + x**2 < 0.6, voxels, 0))
+    tiny.labelled_folder = tiny.preprocessed_folder / "Plans_3d_fullres"
+    preprocess(tiny)
+    for case in ("lab_a", "lab_b"):
+        thumbnails = [thumbnail(sitk.GetArrayFromImage(sitk.ReadImage(file))) for file in images(tiny, case)]
+        assert not labelled_comparison._looks_like(str(tiny.labelled_folder), case, thumbnails)
+    monkeypatch.setattr(labelled_comparison, "_difference_anew", lambda *_: pytest.fail("resampled"))
+    check(tiny)
+
+
+def test_a_comparison_that_was_killed_goes_on(preprocessed, monkeypatch):
+    for path in preprocessed.raw_folder.glob("*/*"):
+        os.utime(path)
+    examine = labelled_comparison._examine
+
+    def killed(job, task):
+        if task[0] == "lab_b":
+            raise KeyboardInterrupt
+        return examine(job, task)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(labelled_comparison, "_examine", killed)
+        check(preprocessed)
+    compared = []
+    monkeypatch.setattr(labelled_comparison, "_examine", lambda job, task: compared.append(task[0]) or (None, None))
+    check(preprocessed)
+    assert compared == ["lab_b"]
 
 
 def test_a_case_moved_to_the_unlabelled_ones_is_named_with_the_remedy(preprocessed):

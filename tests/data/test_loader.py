@@ -335,6 +335,20 @@ def test_a_slow_batch_keeps_no_other_worker_waiting_and_the_order_is_kept(tmp_pa
     stream.close()
 
 
+class OneSlowItem:
+    def __getitem__(self, index):
+        time.sleep(index == 3 and 2)
+        return {"labelled": {"index": index}}
+
+
+def test_while_a_slow_batch_is_waited_for_no_more_than_a_few_others_are_kept():
+    stream = BatchStream(OneSlowItem(), num_workers=2)
+    for index in range(40):
+        assert next(stream)["labelled"]["index"] == index
+        assert len(stream._early) < 8  # twice what two workers make ahead; hundreds could be made in 2 s
+    stream.close()
+
+
 def test_a_stream_of_given_length_ends(tiny, cases):
     stream = BatchStream(make_batches(tiny, cases), start=2, length=5)
     assert len(list(stream)) == 3

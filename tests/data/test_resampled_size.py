@@ -6,7 +6,13 @@ from nnunetv2_semi.data import resampled_size
 from nnunetv2_semi.data.resampled_size import memory_bytes, resampled_shape, size_problem
 
 PLANS = SimpleNamespace(transpose_forward=[2, 0, 1])
-VOLUME, SLICES = SimpleNamespace(spacing=[5.0, 1.0, 2.0]), SimpleNamespace(spacing=[1.0, 2.0])
+
+
+def configuration(*spacing, resampling="resample_data_or_seg_to_shape"):
+    return SimpleNamespace(spacing=list(spacing), configuration={"resampling_fn_data": resampling})
+
+
+VOLUME, SLICES = configuration(5.0, 1.0, 2.0), configuration(1.0, 2.0)
 
 
 def test_axes_are_in_the_order_of_the_plans_and_slices_of_2d_plans_stay():
@@ -26,6 +32,12 @@ def test_what_is_no_voxel_size_is_told(spacing):
 def test_no_voxel_left_is_told_with_both_sizes():
     assert "8 x 8 x 2 voxels of 1 x 1 x 1 mm, so that resampled to 5 x 1 x 2 mm it would have no voxel (0 x 8 x 4)" in \
         size_problem((8, 8, 2), (1, 1, 1), 1, PLANS, VOLUME)
+
+
+def test_plans_without_resampling_take_any_size():
+    plans = configuration(5.0, 1.0, 2.0, resampling="no_resampling_hack")
+    assert size_problem((8, 8, 2), (1, 1, 1), 1, PLANS, plans) is None
+    assert size_problem((100, 100, 100), (1e4, 1e4, 1e4), 1, PLANS, plans) is None
 
 
 def test_more_than_the_memory_is_told(monkeypatch):

@@ -234,6 +234,14 @@ def test_no_unlabelled_case_is_an_error_before_training_but_not_for_the_control(
     tools.trainer(workspace, "nnUNetTrainerSemiSupervised").run_training()
 
 
+@pytest.mark.parametrize(("name", "fold"), [("Supervised", 0), ("Mix", "all"), ("Stock", 0)])
+def test_a_configuration_that_was_not_preprocessed_is_told_with_the_command(tools, workspace, name, fold):
+    trainer = tools.trainer(workspace, f"nnUNetTrainerSemi{name}", fold=fold)
+    shutil.rmtree(trainer.preprocessed_dataset_folder)
+    with pytest.raises(UserError, match="There is no preprocessed labelled case in .* Run: nnUNetv2_preprocess -d "):
+        trainer.run_training()
+
+
 def test_an_unknown_setting_stops_at_once(tools, workspace):
     tools.set_semi(workspace, num_epoch=1)
     with pytest.raises(UserError, match="Did you mean 'num_epochs'"):

@@ -112,7 +112,7 @@ def prepare_unlabelled_cases(job: Job) -> None:
 
 def name_test_cases_in_training(job: Job) -> None:
     """Print which test cases are training cases under another name, or seem to be: their results mean nothing."""
-    from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes
+    from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes, shown_pairs
     from nnunetv2_semi.data.raw_cases import list_test_cases
 
     test = list_test_cases(str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json")))
@@ -122,9 +122,9 @@ def name_test_cases_in_training(job: Job) -> None:
     same, alike = (find(test, contents, training) for find in (find_duplicates, find_look_alikes))
     for pairs, what in ((same, "are the same image"), (alike, LOOK_ALIKE)):
         if pairs:
-            names = ", ".join(f"{Path(pair.file).name} = {Path(pair.other_file).name}" for pair in pairs)
-            print(f"WARNING: {len(pairs)} test case(s) of {job.dataset} and training cases {what}: {names}. Results on "
-                  "these test cases mean nothing: take them out of imagesTs and labelsTs, or out of training.")
+            print(f"WARNING: {len(pairs)} pair(s) of a test case of {job.dataset} and a training case {what}: "
+                  f"{shown_pairs(pairs)}. Results on these test cases mean nothing: take them out of imagesTs and "
+                  "labelsTs, or out of training.")
 
 
 def check_data_unchanged(jobs: Sequence[Job]) -> None:
