@@ -13,6 +13,7 @@ from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND  # noqa: E4
 
 HERE = Path(__file__).parent
 STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
+           "acdc8": "heart MR, 8 of 60 labelled",
            "la2d": "left atrium, 4 and 8 of 64 labelled",
            "la3d": "left atrium in 3D, 4 of 64 labelled, one seed",
            "brats2d": "brain tumours, T1ce and T2, 3 of 9 labelled",
