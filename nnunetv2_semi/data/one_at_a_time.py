@@ -26,7 +26,7 @@ def one_at_a_time(folder: str, report: Callable[[str], None]) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            report(f"Waiting for another process that prepares cases in {folder}")
+            report(f"Waiting for another process that prepares cases in {folder}, and holds {LOCK} there")
             lock.acquire()
     except (OSError, NotImplementedError):
         pass

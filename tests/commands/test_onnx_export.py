@@ -247,7 +247,7 @@ def test_each_modality_has_a_network_of_its_own_channels(model, tmp_path, traine
 
 def test_every_fold_is_a_file_with_weights_of_its_own(model, tmp_path):
     folder = model(SUPERVISED, folds=("0", "2", "all"))
-    networks = exported(folder, tmp_path / "out")["networks"]
+    networks = exported(folder, tmp_path / "out", "-f", "0", "2", "all")["networks"]
     assert networks == {fold: f"fold_{fold}.onnx" for fold in ("0", "2", "all")}
     images = torch.randn(1, 2, 16, 12)
     for fold, file in networks.items():

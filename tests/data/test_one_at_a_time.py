@@ -21,7 +21,8 @@ def test_a_second_one_says_that_it_waits_and_goes_on_after_the_first(tmp_path):
         thread.start()
         assert waits.wait(60) and not entered.is_set()
     thread.join(60)
-    assert entered.is_set() and lines == [f"Waiting for another process that prepares cases in {tmp_path}"]
+    assert entered.is_set() and lines == [
+        f"Waiting for another process that prepares cases in {tmp_path}, and holds {LOCK} there"]
 
 
 def test_an_error_frees_the_lock(tmp_path):
