@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", metavar="CONFIGURATION", default="3d_fullres",
                         help="its configuration (default: %(default)s)")
     parser.add_argument("-m", metavar="FOLDER", help="the model folder itself, instead of -d, -tr, -p and -c")
-    parser.add_argument("-f", metavar="FOLD", nargs="+", help="folds to export (default: all that are trained; "all" where no other is)")
+    parser.add_argument("-f", metavar="FOLD", nargs="+",
+                        help="folds to export (default: all that are trained, the fold all where no other is)")
     parser.add_argument("-chk", metavar="FILE", default="checkpoint_final.pth",
                         help="checkpoint to export (default: %(default)s)")
     parser.add_argument("--modality", metavar="NAME", help="export the network of this modality alone (default: every "
