@@ -44,16 +44,20 @@ def run(args: argparse.Namespace) -> int:
         if left_out:
             for file in args.i.iterdir():
                 if _case(file) not in left_out:
-                    try:
-                        os.symlink(file.resolve(), Path(readable, file.name))
-                    except (OSError, NotImplementedError):  # Windows without developer mode
-                        shutil.copyfile(file, Path(readable, file.name))
+                    _link_or_copy(file, Path(readable, file.name))
         folder = readable if left_out else str(args.i)
         status = subprocess.call([command_path("nnUNetv2_predict"), "-i", folder, *args.more])
     if left_out:
         print(f"{len(left_out)} case(s) were left out: {', '.join(sorted(left_out))}. Replace their images and start "
               "again with --continue_prediction.")
     return status or int(bool(left_out))
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    try:
+        os.symlink(file.resolve(), target)
+    except (OSError, NotImplementedError):  # Windows without developer mode
+        shutil.copyfile(file, target)
 
 
 def _case(file: Path) -> str:

@@ -197,11 +197,7 @@ def _examine(
     """What differs when the case is preprocessed anew, if it may be another; and why the stored image is none."""
     case, images, label, thumbnails, may_be_another = task
     problem = stored_image_problem(job.folder, case)
-    anew = may_be_another or (
-        problem is None
-        and not _looks_like(job.folder, case, thumbnails)
-        and not _looks_like(job.folder, case, _thumbnails_normalised(job, images, label))
-    )
+    anew = may_be_another or (problem is None and not _looks_as_stored(job, case, images, label, thumbnails))
     return _difference_anew(job, case, images, label) if anew else None, problem
 
 
@@ -253,6 +249,14 @@ def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], lab
     return os.path.isfile(copy) and not filecmp.cmp(copy, label, shallow=False)
 
 
+def _looks_as_stored(job: PreprocessingJob, case: str, images: list[str], label: str,
+                     thumbnails: Sequence[str]) -> bool:
+    """Whether the preprocessed case looks like the raw one, so that they need not be compared voxel by voxel."""
+    image, _, _, properties = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
+    stored = _thumbnails(image, properties)
+    return _alike(stored, thumbnails) or _alike(stored, _thumbnails_normalised(job, images, label))
+
+
 def _thumbnails_normalised(job: PreprocessingJob, images: list[str], label: str) -> list[str]:
     """Of a raw case once it is cropped and normalised, as clipping or a mask may change how it looks.
 
@@ -268,17 +272,17 @@ def _thumbnails_normalised(job: PreprocessingJob, images: list[str], label: str)
         raise
     except Exception:  # whatever a reader or preprocessor raises
         return []
-    return [thumbnail(image[channel]) for channel in properties.get(PRESENT_CHANNELS, range(len(image)))]
+    return _thumbnails(image, properties)
 
 
-def _looks_like(folder: str, case: str, thumbnails: Sequence[str]) -> bool:
-    """Whether the preprocessed case looks like the raw one, so that they need not be compared voxel by voxel."""
-    image, _, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
-    channels = properties.get(PRESENT_CHANNELS, range(len(image)))
-    return len(channels) == len(thumbnails) and all(
-        raw == stored or bool(look_alikes([raw], [stored])) for raw, stored in
-        zip(thumbnails, (thumbnail(image[channel][:]) for channel in channels), strict=True)
-    )  # fmt: skip
+def _thumbnails(image: np.ndarray, properties: Mapping) -> list[str]:
+    """Of the channels that a preprocessed case has."""
+    return [thumbnail(image[channel][:]) for channel in properties.get(PRESENT_CHANNELS, range(len(image)))]
+
+
+def _alike(first: Sequence[str], second: Sequence[str]) -> bool:
+    return len(first) == len(second) and all(
+        here == there or bool(look_alikes([here], [there])) for here, there in zip(first, second, strict=True))
 
 
 def _preprocessed_identity(folder: str, case: str) -> list | None:

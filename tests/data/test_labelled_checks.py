@@ -106,7 +106,9 @@ def test_a_case_that_normalisation_changed_is_not_resampled_to_be_compared(tiny,
     preprocess(tiny)
     for case in ("lab_a", "lab_b"):
         thumbnails = [thumbnail(sitk.GetArrayFromImage(sitk.ReadImage(file))) for file in images(tiny, case)]
-        assert not labelled_comparison._looks_like(str(tiny.labelled_folder), case, thumbnails)
+        stored, *_, properties = infer_dataset_class(str(tiny.labelled_folder))(
+            str(tiny.labelled_folder), [case]).load_case(case)
+        assert not labelled_comparison._alike(labelled_comparison._thumbnails(stored, properties), thumbnails)
     monkeypatch.setattr(labelled_comparison, "_difference_anew", lambda *_: pytest.fail("resampled"))
     check(tiny)
 
