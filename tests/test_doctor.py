@@ -15,8 +15,9 @@ from nnunetv2_semi import doctor, installation
 from nnunetv2_semi.data import case_names, file_contents
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.doctor import environment
-from nnunetv2_semi.doctor.checks import Check, Level, listed, ok, problem, verdict, warning
+from nnunetv2_semi.doctor.checks import Check, Level, ok, problem, verdict, warning
 from nnunetv2_semi.doctor.dataset import check_dataset
+from nnunetv2_semi.errors import shown
 
 
 @pytest.fixture(scope="module")
@@ -464,4 +465,4 @@ def test_warnings_alone_do_not_fail() -> None:
 
 
 def test_long_lists_are_cut() -> None:
-    assert listed(range(3), at_most=2) == "0, 1 and 1 more"
+    assert shown(range(3), at_most=2) == "0, 1 and 1 more"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from nnunetv2_semi.benchmark.study.jobs import digest
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.dataset_json import read_dataset_json
-from nnunetv2_semi.data.raw_cases import list_labelled_cases, list_unlabelled_cases, shown
+from nnunetv2_semi.data.raw_cases import list_labelled_cases, list_unlabelled_cases
 from nnunetv2_semi.data.splits_file import SPLITS_FILE, read_splits, splits_path
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.processes.pool import default_processes
 
 if TYPE_CHECKING:

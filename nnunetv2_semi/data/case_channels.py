@@ -13,8 +13,8 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunetv2_semi.data.dataset_settings import named_channels, num_channels
-from nnunetv2_semi.data.raw_cases import channel_numbers, naming_rule, shown
-from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.data.raw_cases import channel_numbers, naming_rule
+from nnunetv2_semi.errors import UserError, one_line, shown
 
 PRESENT_CHANNELS = "present_channels"  # in the properties of a preprocessed case that lacks channels
 

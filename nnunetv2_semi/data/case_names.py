@@ -7,8 +7,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable
 
-from nnunetv2_semi.data.raw_cases import shown
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 # nnU-Net keeps the segmentation of CASE in CASE_seg.b2nd (or CASE_seg.npy) beside the image of CASE_seg, and takes
 # every file with this ending for a segmentation.

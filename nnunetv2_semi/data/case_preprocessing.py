@@ -21,9 +21,8 @@ from nnunetv2_semi.data.case_records import CaseRecords
 from nnunetv2_semi.data.file_contents import FileContent
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
 from nnunetv2_semi.data.preprocessed_images import image_problem
-from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.data.resampled_size import size_problem
-from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.errors import UserError, one_line, shown
 from nnunetv2_semi.processes.pool import results_in_parallel
 
 _UNFINISHED_FOLDER = "unfinished"

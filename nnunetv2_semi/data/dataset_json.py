@@ -13,7 +13,7 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursiv
 from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunetv2_semi.data.atomic_files import read_json_object
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 _CHANNELS_EXAMPLE = '"channel_names": {"0": "T1", "1": "T2"}'
 _LABELS_EXAMPLE = '"labels": {"background": 0, "organ": 1}'
@@ -129,7 +129,7 @@ def _value_mistakes(labels: dict) -> Iterator[str]:
         yield f'"labels" has the value {known[0]}: values are 0 or greater'
     elif known != list(range(len(known))):
         missing = sorted(set(range(known[-1])) - set(known))
-        yield f'"labels" has the values {_listed(known)}, but not {_listed(missing)}: number them 0 to ' \
+        yield f'"labels" has the values {shown(known, 10)}, but not {shown(missing, 10)}: number them 0 to ' \
               f"{len(known) - 1} without a gap, here and in the label files"
     elif ignore is not None and ignore != known[-1] + 1:
         yield f'"ignore" is {ignore} in "labels": it should be the highest value, {known[-1] + 1}, here and in the ' \
@@ -232,8 +232,3 @@ def _json(value: object) -> str:
 
 def _quoted(names: Iterable[object]) -> str:
     return ", ".join(f'"{name}"' for name in names)
-
-
-def _listed(values: Sequence[int]) -> str:
-    shown = ", ".join(str(value) for value in values[:10])
-    return shown + (f" and {len(values) - 10} more" if len(values) > 10 else "")

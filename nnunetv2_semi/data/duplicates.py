@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nnunetv2_semi.data.file_contents import FileContent
-from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.data.thumbnails import look_alikes
+from nnunetv2_semi.errors import shown
 
 LOOK_ALIKE = "seem to show the same scan, flipped, turned, resampled, padded or rescaled in intensity"
 

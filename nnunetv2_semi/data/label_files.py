@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semi.data.file_contents import FileContent, file_contents
-from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
-from nnunetv2_semi.errors import UserError
-
-_VALUES_SHOWN = 5
+from nnunetv2_semi.data.raw_cases import list_labelled_cases
+from nnunetv2_semi.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,5 @@ def check_label_files(labels: Labels, dataset_json: dict) -> None:
         )
 
 
-def _listed(values: Sequence[float], at_most: int = _VALUES_SHOWN) -> str:
-    rest = len(values) - at_most
-    return ", ".join(f"{value:.6g}" for value in values[:at_most]) + (f" and {rest} more" if rest > 0 else "")
+def _listed(values: Iterable[float], at_most: int = 5) -> str:
+    return shown((f"{value:.6g}" for value in values), at_most)

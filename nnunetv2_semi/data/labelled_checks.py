@@ -17,10 +17,11 @@ from nnunetv2_semi.data.labelled_comparison import (
     names_preprocessed,
     read_labelled,
 )
-from nnunetv2_semi.data.raw_cases import list_labelled_cases, shown
+from nnunetv2_semi.data.one_at_a_time import one_at_a_time
+from nnunetv2_semi.data.raw_cases import list_labelled_cases
 from nnunetv2_semi.data.raw_checks import check_labelled_case_names
 from nnunetv2_semi.data.splits_file import splits_path
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 
 def check_labelled_cases(
@@ -34,7 +35,8 @@ def check_labelled_cases(
 ) -> None:
     """Refuse to train on preprocessed labelled cases that are not those of the raw data set, or no images or labels.
 
-    Without raw data (a cluster node) there is nothing to compare with. To be called by one process only.
+    Without raw data (a cluster node) there is nothing to compare with. Processes that are started together do it one
+    after another.
 
     Args:
         plans_manager: names the data set.
@@ -55,15 +57,17 @@ def check_labelled_cases(
         return
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
     check_labelled_case_names(raw_dataset_folder, os.path.dirname(folder), dataset_json)
-    images, labels = read_labelled(
-        plans_manager, dataset_json, num_processes=num_processes, report=report, show_progress_bar=show_progress_bar
-    )
-    check_label_files(labels, dataset_json)
-    _check_grids(list_labelled_cases(raw_dataset_folder, dataset_json), images, labels)
-    found = compare_with_raw(
-        plans_manager, configuration_manager, dataset_json, images=images, labels=labels, num_processes=num_processes,
-        report=report, show_progress_bar=show_progress_bar,
-    )  # fmt: skip
+    with one_at_a_time(os.path.dirname(folder), report):
+        images, labels = read_labelled(
+            plans_manager, dataset_json, num_processes=num_processes, report=report,
+            show_progress_bar=show_progress_bar,
+        )  # fmt: skip
+        check_label_files(labels, dataset_json)
+        _check_grids(list_labelled_cases(raw_dataset_folder, dataset_json), images, labels)
+        found = compare_with_raw(
+            plans_manager, configuration_manager, dataset_json, images=images, labels=labels,
+            num_processes=num_processes, report=report, show_progress_bar=show_progress_bar,
+        )  # fmt: skip
     if not found.agrees:
         raise UserError(disagreement_message(found, raw_dataset_folder, folder, command))
     if found.unusable:

@@ -16,6 +16,7 @@ from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, preprocess_m
 from nnunetv2_semi.data.case_records import CaseRecords, plans_digest
 from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes, shown_pairs
 from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometry_difference
+from nnunetv2_semi.data.one_at_a_time import one_at_a_time
 from nnunetv2_semi.data.raw_cases import (
     LABELLED_FOLDER,
     UNLABELLED_FOLDER,
@@ -65,7 +66,7 @@ def prepare_unlabelled(
 
     A case may lack channels, of which one line is reported. A case is done again if its raw images or those parts of
     the plans that it depends on changed, else not. Killed at any moment, it continues where it was. Without raw data
-    (a cluster node), finished cases are used as they are. To be called by one process only.
+    (a cluster node), finished cases are used as they are. Processes that are started together do it one after another.
 
     Args:
         plans_manager: names the data set.
@@ -87,57 +88,81 @@ def prepare_unlabelled(
     folder = unlabelled_folder(plans_manager, configuration_manager)
     preprocessed_dataset_folder = os.path.dirname(folder)
     records = CaseRecords(folder, plans_digest(plans_manager, configuration_manager))
-    raw_dataset_folder = _raw_dataset_folder(plans_manager.dataset_name)
-    if raw_dataset_folder is None:
-        labelled_folder = os.path.join(preprocessed_dataset_folder, configuration_manager.data_identifier)
-        return _cases_without_raw_data(records, labelled_folder, dataset_json, report)
+    job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, preprocessor_class, folder)
+    with one_at_a_time(preprocessed_dataset_folder, report):
+        raw_dataset_folder = _raw_dataset_folder(plans_manager.dataset_name)
+        if raw_dataset_folder is None:
+            labelled_folder = os.path.join(preprocessed_dataset_folder, configuration_manager.data_identifier)
+            return _cases_without_raw_data(records, labelled_folder, dataset_json, report)
 
+        cases = _listed_cases(raw_dataset_folder, preprocessed_dataset_folder, dataset_json, records)
+        labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
+        contents, unreadable_files = file_contents(
+            [file for files in (*labelled.values(), *cases.values()) for file in files],
+            raw_dataset_folder=raw_dataset_folder,
+            cache_folder=preprocessed_dataset_folder,
+            reader_name=plans_manager.plans["image_reader_writer"],
+            num_processes=num_processes,
+            show_progress_bar=show_progress_bar,
+        )
+        _refuse_labelled_images(cases, labelled, contents)
+        _report_duplicates(cases, contents, report)
+        unusable = _unreadable_cases(cases, contents, unreadable_files)
+        unusable |= _cases_of_impossible_size(_without(cases, unusable), contents, plans_manager, configuration_manager)
+        readable = _without(cases, unusable)
+        lacking = _lacking_channels(readable, contents, dataset_json, report)
+        new = {case: files for case, files in readable.items()
+               if not records.is_done(case, [contents[file] for file in files], lacking.get(case))}
+        _report_look_alikes(new, {**labelled, **_without(readable, new)}, contents, report)
+        no_images = preprocess_missing(
+            job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
+        unusable |= {case: f"{', '.join(readable[case])} ({problem})" for case, problem in no_images.items()}
+
+        reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
+        reasons += [f"labelled case {case} ({difference})" for case, files in labelled.items()
+                    if (difference := geometry_difference(files, contents)) is not None]
+        reasons += list(unusable.values())
+        _refuse_or_report_unusable(reasons, skip_unreadable, report)
+        if len(unusable) == len(cases):
+            raise UserError(f"None of the unlabelled cases can be used: {'; '.join(reasons)}.")
+        return UnlabelledCases(folder, sorted(set(cases) - set(unusable)), sorted(unusable))
+
+
+def _listed_cases(
+    raw_dataset_folder: str, preprocessed_dataset_folder: str, dataset_json: dict, records: CaseRecords
+) -> dict[str, list[str]]:
+    """The cases in imagesUn, at least one; records of others are forgotten."""
     cases = check_case_names(raw_dataset_folder, preprocessed_dataset_folder, dataset_json)
     if not cases:
         raise UserError(_no_case_message(raw_dataset_folder, dataset_json))
     for case in set(records.cases()) - set(cases):
         with contextlib.suppress(OSError):  # matters only where the raw data is not, in a folder that is read-only
             records.forget(case)
-    labelled = list_labelled_cases(raw_dataset_folder, dataset_json)
-    contents, unreadable_files = file_contents(
-        [file for files in (*labelled.values(), *cases.values()) for file in files],
-        raw_dataset_folder=raw_dataset_folder,
-        cache_folder=preprocessed_dataset_folder,
-        reader_name=plans_manager.plans["image_reader_writer"],
-        num_processes=num_processes,
-        show_progress_bar=show_progress_bar,
-    )
-    _refuse_labelled_images(cases, labelled, contents)
-    for duplicate in find_duplicates(cases, contents):
-        report(
-            f"WARNING: {os.path.basename(duplicate.file)} and {os.path.basename(duplicate.other_file)} in "
-            f"{UNLABELLED_FOLDER} are the same image. It will be seen twice as often as others."
-        )
-    unusable = _unreadable_cases(cases, contents, unreadable_files)
-    unusable |= _cases_of_impossible_size(
-        _without(cases, unusable), contents, plans_manager, configuration_manager
-    )
-    job = PreprocessingJob(plans_manager, configuration_manager, dataset_json, preprocessor_class, folder)
-    readable = _without(cases, unusable)
-    channels_read = {case: sum(contents[file].shape[0] for file in files) for case, files in readable.items()}
-    channels = channels_of_cases(readable, channels_read, dataset_json)
+    return cases
+
+
+def _lacking_channels(
+    cases: Mapping[str, list[str]],
+    contents: Mapping[str, FileContent],
+    dataset_json: dict,
+    report: Callable[[str], None],
+) -> dict[str, list[int]]:
+    """Those cases that lack channels, with the channels that they have; one line is reported of them."""
+    channels_read = {case: sum(contents[file].shape[0] for file in files) for case, files in cases.items()}
+    channels = channels_of_cases(cases, channels_read, dataset_json)
     if warning := lacking_warning(channels, dataset_json, "unlabelled"):
         report(warning)
-    lacking = lacking_channels(channels, dataset_json)
-    new = {case: files for case, files in readable.items()
-           if not records.is_done(case, [contents[file] for file in files], lacking.get(case))}
-    _report_look_alikes(new, {**labelled, **_without(readable, new)}, contents, report)
-    no_images = preprocess_missing(job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
-    unusable |= {case: f"{', '.join(readable[case])} ({problem})" for case, problem in no_images.items()}
+    return lacking_channels(channels, dataset_json)
 
-    reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
-    reasons += [f"labelled case {case} ({difference})" for case, files in labelled.items()
-                if (difference := geometry_difference(files, contents)) is not None]
-    reasons += list(unusable.values())
-    _refuse_or_report_unusable(reasons, skip_unreadable, report)
-    if len(unusable) == len(cases):
-        raise UserError(f"None of the unlabelled cases can be used: {'; '.join(reasons)}.")
-    return UnlabelledCases(folder, sorted(set(cases) - set(unusable)), sorted(unusable))
+
+def _report_duplicates(
+    cases: Mapping[str, list[str]], contents: Mapping[str, FileContent], report: Callable[[str], None]
+) -> None:
+    if duplicates := find_duplicates(cases, contents):
+        report(
+            f"WARNING: {len(duplicates)} pair(s) of cases in {UNLABELLED_FOLDER} hold the same image: "
+            f"{shown_pairs(duplicates)}. Training sees it twice as often as others."
+        )
 
 
 def _refuse_labelled_images(
@@ -145,11 +170,10 @@ def _refuse_labelled_images(
 ) -> None:
     duplicates = find_duplicates(cases, contents, labelled)
     if duplicates:
-        pairs = ", ".join(f"{os.path.basename(d.file)} = {os.path.basename(d.other_file)}" for d in duplicates)
         raise UserError(
             f"{len(duplicates)} unlabelled case(s) in {UNLABELLED_FOLDER} hold the same image as a labelled case in "
-            f"{LABELLED_FOLDER}: {pairs}. Labelled cases, and with them those of the validation split, must not be "
-            f"unlabelled training data: remove these cases from {UNLABELLED_FOLDER}."
+            f"{LABELLED_FOLDER}: {shown_pairs(duplicates)}. Labelled cases, and with them those of the validation "
+            f"split, must not be unlabelled training data: remove these cases from {UNLABELLED_FOLDER}."
         )
 
 

@@ -11,7 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 UNLABELLED_FOLDER = "imagesUn"
 LABELLED_FOLDER = "imagesTr"
@@ -151,7 +151,7 @@ def check_labelled_images_have_labels(raw_dataset_folder: str, dataset_json: dic
     if without_label:
         raise UserError(
             f"{len(without_label)} case(s) in {os.path.join(raw_dataset_folder, LABELLED_FOLDER)} have no label file "
-            f"in {os.path.join(raw_dataset_folder, 'labelsTr')}: {', '.join(without_label)}. If they are unlabelled, "
+            f"in {os.path.join(raw_dataset_folder, 'labelsTr')}: {shown(without_label)}. If they are unlabelled, "
             f"move their images to {os.path.join(raw_dataset_folder, UNLABELLED_FOLDER)} (and set numTraining in "
             f"dataset.json to the number of labelled cases); else add the missing label files."
         )
@@ -166,7 +166,7 @@ def check_names_are_unlabelled(unlabelled: Iterable[str], labelled: Iterable[str
     shared = sorted(set(unlabelled) & set(labelled))
     if shared:
         raise UserError(
-            f"{len(shared)} case(s) are both in {UNLABELLED_FOLDER} and in {labelled_where}: {', '.join(shared)}. A "
+            f"{len(shared)} case(s) are both in {UNLABELLED_FOLDER} and in {labelled_where}: {shown(shared)}. A "
             f"labelled case must not be unlabelled training data as well: remove these cases from {UNLABELLED_FOLDER}, "
             f"or rename them if they are different images."
         )
@@ -177,12 +177,6 @@ def naming_rule(dataset_json: dict) -> str:
     ending = dataset_json["file_ending"]
     last = num_channels(dataset_json) - 1
     return f"CASE_0000{ending}" if last == 0 else f"CASE_0000{ending} to CASE_{last:04d}{ending} (one file per channel)"
-
-
-def shown(names: list[str], at_most: int = 20) -> str:
-    """Names separated by commas, cut off after `at_most` with the number of the others."""
-    rest = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def case_and_channel(file_name: str, file_ending: str) -> tuple[str, int] | None:

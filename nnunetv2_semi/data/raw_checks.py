@@ -14,10 +14,9 @@ from nnunetv2_semi.data.raw_cases import (
     labelled_file_mistakes,
     list_labelled_cases,
     list_unlabelled_cases,
-    shown,
 )
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 
 def check_case_names(

@@ -6,8 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 
-from nnunetv2_semi.data.raw_cases import shown
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 SPLITS_FILE = "splits_final.json"
 PARTS = ("train", "val")

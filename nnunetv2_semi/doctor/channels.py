@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from nnunetv2_semi.data.case_channels import channel_names, channels_and_mistakes, lacking_finding
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels
 from nnunetv2_semi.data.file_contents import FileContent
-from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
+from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.planning.fingerprint import check_statistics
 
 _IN_PART = " (in part)"
@@ -88,6 +88,6 @@ def _check_statistics(channels: Mapping[str, Sequence[int]], dataset_json: dict)
     without = [name for index, name in channel_names(dataset_json).items() if index not in labelled]
     if without:
         yield warning(
-            f"no labelled case has {listed(without)}",
+            f"no labelled case has {shown(without)}",
             "label cases that have it, if it is to be segmented by itself",
         )

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-SHOWN_NAMES = 20
-
 
 class Level(Enum):
     """How bad a finding is: PROBLEM means that training would fail."""
@@ -44,13 +42,6 @@ def warning(finding: str, remedy: str = "") -> Check:
 def problem(finding: str, remedy: str = "") -> Check:
     """Something that makes training fail; without a remedy where the finding is a message that has one."""
     return Check(Level.PROBLEM, finding, remedy)
-
-
-def listed(names: Iterable[object], at_most: int = SHOWN_NAMES) -> str:
-    """Names separated by commas, cut off after `at_most` with the number of the others."""
-    texts = [str(name) for name in names]
-    rest = len(texts) - at_most
-    return ", ".join(texts[:at_most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def verdict(checks: Iterable[Check]) -> str:

@@ -31,10 +31,10 @@ from nnunetv2_semi.data.raw_cases import (
     resource_forks,
 )
 from nnunetv2_semi.data.splits_file import cases_left_out, check_splits, read_splits, splits_path
-from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
+from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
 from nnunetv2_semi.doctor.images import check_images
 from nnunetv2_semi.doctor.preprocessed import plans_of
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 TEST_FOLDER = "imagesTs"
 FOLDS = 5
@@ -96,9 +96,9 @@ def _check_settings(dataset_json: dict, path: str) -> Check:
     except UserError as error:
         return problem(str(error))
     if modalities is not None:
-        named = listed(f"{name} (channels {listed(indices)})" for name, indices in modalities.items())
+        named = shown(f"{name} (channels {shown(indices)})" for name, indices in modalities.items())
         return ok(f"modalities: {named}")
-    return ok(f"modalities: {channels}, each channel is one: {listed(named_channels(dataset_json).values())}")
+    return ok(f"modalities: {channels}, each channel is one: {shown(named_channels(dataset_json).values())}")
 
 
 def _check_layout(folder: str, dataset_json: dict) -> tuple[list[Check], RawCases]:
@@ -126,7 +126,7 @@ def _check_layout(folder: str, dataset_json: dict) -> tuple[list[Check], RawCase
     checks.append(ok(f"{len(test)} test cases in {TEST_FOLDER}"))
     if forks := resource_forks(os.path.join(folder, TEST_FOLDER), dataset_json["file_ending"]):
         checks.append(warning(
-            f"{len(forks)} file(s) in {TEST_FOLDER} are no images, but nnU-Net reads them as cases: {listed(forks)}",
+            f"{len(forks)} file(s) in {TEST_FOLDER} are no images, but nnU-Net reads them as cases: {shown(forks)}",
             f"remove all files whose names begin with {RESOURCE_FORK}, which macOS writes beside copied ones",
         ))
     labels = {case: _label_file(folder, dataset_json, case) for case in with_label}
@@ -145,7 +145,7 @@ def _check_names(cases: Iterable[str], where: str, dataset_name: str, dataset_js
         return
     if same := names_that_differ_in_case_only(names):
         yield warning(
-            f"{len(same)} case name(s) in {where} differ only in upper and lower case: {listed(same)}",
+            f"{len(same)} case name(s) in {where} differ only in upper and lower case: {shown(same)}",
             "rename all but one of each: on most computers with Windows or macOS they are the same file",
         )
 
@@ -161,7 +161,7 @@ def _check_splits(dataset_name: str, labelled: Sequence[str]) -> Iterator[Check]
     except UserError as error:
         yield problem(str(error))
         return
-    left_out = [f"fold {fold} {listed(cases)}" for fold, split in folds.items()
+    left_out = [f"fold {fold} {shown(cases)}" for fold, split in folds.items()
                 if (cases := cases_left_out(split, labelled))]
     if left_out:
         yield warning(f"{path} leaves out labelled cases, which are neither trained nor validated: "
@@ -204,7 +204,7 @@ def _check_labelled(
         yield ok(f"{len(with_label)} labelled cases")
     if without_label:
         yield problem(
-            f"{len(without_label)} cases in {images} have no label: {listed(without_label)}",
+            f"{len(without_label)} cases in {images} have no label: {shown(without_label)}",
             f"move their images to {os.path.join(folder, UNLABELLED_FOLDER)}",
         )
     if "dataset" not in dataset_json:
@@ -214,7 +214,7 @@ def _check_labelled(
         orphans = sorted(label_names - set(with_label))
         if orphans:
             yield warning(
-                f"{len(orphans)} labels in {labels} have no image: {listed(orphans)}",
+                f"{len(orphans)} labels in {labels} have no image: {shown(orphans)}",
                 f"add their images to {images}, or remove the labels",
             )
     if dataset_json["numTraining"] != len(with_label):

@@ -11,8 +11,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
-from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
+from nnunetv2_semi.errors import UserError, one_line, shown
 from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
 
 PLANNING = ("nnUNetPlannerSemi", "nnUNetPlannerSemiCPU", "nnUNetFingerprintExtractorSemi")
@@ -109,9 +109,9 @@ def check_visibility() -> Iterator[Check]:
             yield problem(f"nnU-Net's search for {what} fails: {one_line(error)}", "mend what the message names")
             continue
         if missing:
-            yield problem(f"{what} not visible to nnU-Net: {listed(missing)}", "nnunetv2_semi link")
+            yield problem(f"{what} not visible to nnU-Net: {shown(missing)}", "nnunetv2_semi link")
         else:
-            yield ok(f"{what} visible to nnU-Net: {listed(names)}")
+            yield ok(f"{what} visible to nnU-Net: {shown(names)}")
 
 
 def check_folders() -> Iterator[Check]:

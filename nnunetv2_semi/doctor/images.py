@@ -11,9 +11,9 @@ from nnunetv2_semi.data.file_contents import FileContent, file_contents, geometr
 from nnunetv2_semi.data.grids import orientation
 from nnunetv2_semi.data.label_files import label_mistake
 from nnunetv2_semi.doctor.channels import check_channels
-from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
+from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
 from nnunetv2_semi.doctor.preprocessed import Plan, check_intensities, check_preprocessed, check_sizes
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.processes.pool import processes_to_read
 
 Cases = Mapping[str, list[str]]
@@ -86,7 +86,7 @@ def _check_geometry(cases: Cases, labels: Mapping[str, str], contents: Mapping[s
             differing.append(f"{case}: {difference}")
     if differing:
         yield problem(
-            f"{len(differing)} cases have channels or labels that do not fit together: {listed(differing)}",
+            f"{len(differing)} cases have channels or labels that do not fit together: {shown(differing)}",
             "resample them to one grid per case (if the voxels do fit, copy the header of the first channel), or "
             "remove these cases",
         )
@@ -98,7 +98,7 @@ def _check_geometry(cases: Cases, labels: Mapping[str, str], contents: Mapping[s
     ]
     if unknown:
         yield warning(
-            f"{len(unknown)} TIFF labels have no .json file with their spacing: {listed(unknown)}; trainings do not "
+            f"{len(unknown)} TIFF labels have no .json file with their spacing: {shown(unknown)}; trainings do not "
             "need it, but nnU-Net's --verify_dataset_integrity fails",
             "copy the .json files of their images to labelsTr",
         )
@@ -110,7 +110,7 @@ def _check_constant(unlabelled: Cases, contents: Mapping[str, FileContent]) -> I
                 if (known := [contents[file] for file in files if file in contents])
                 and all(content.constant for content in known)]
     if constant:
-        yield problem(f"{len(constant)} unlabelled images have a single value: {listed(constant)}",
+        yield problem(f"{len(constant)} unlabelled images have a single value: {shown(constant)}",
                       "replace their files, or remove the cases")
 
 
@@ -122,8 +122,8 @@ def _check_orientations(labelled: Cases, unlabelled: Cases, contents: Mapping[st
     )
     if here and there and not here & there:
         yield warning(
-            f"all unlabelled cases have another orientation ({listed(sorted(there))}) than the labelled ones "
-            f"({listed(sorted(here))}), and nnU-Net trains on voxels as they lie in the file",
+            f"all unlabelled cases have another orientation ({shown(sorted(there))}) than the labelled ones "
+            f"({shown(sorted(here))}), and nnU-Net trains on voxels as they lie in the file",
             "reorient the images in imagesUn as those in imagesTr, or all to RAS",
         )
 
@@ -138,7 +138,7 @@ def _check_label_values(
             wrong += [f"{case} ({mistake})"] if mistake else []
     if wrong:
         yield problem(
-            f"{len(wrong)} labels are no labels of this data set: {listed(wrong)}",
+            f"{len(wrong)} labels are no labels of this data set: {shown(wrong)}",
             'correct the label files, or add the values to "labels" in dataset.json',
         )
     elif labels:

@@ -20,8 +20,8 @@ from nnunetv2_semi.data.labelled_checks import preprocessing_command
 from nnunetv2_semi.data.labelled_comparison import compare_with_raw, labelled_folder, names_preprocessed
 from nnunetv2_semi.data.raw_cases import channel_numbers
 from nnunetv2_semi.data.resampled_size import resampled_shape, size_problem
-from nnunetv2_semi.doctor.checks import Check, listed, ok, problem, warning
-from nnunetv2_semi.errors import one_line
+from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
+from nnunetv2_semi.errors import one_line, shown
 from nnunetv2_semi.processes.pool import default_processes
 
 _MUCH_LARGER = 30  # times the voxels of a usual labelled case
@@ -76,11 +76,11 @@ def check_preprocessed(
             continue
         if not found.agrees:
             findings = found.findings()
-            yield problem(f"{len(findings)} cases in {folder} are not as in the raw data set: {listed(findings)}",
+            yield problem(f"{len(findings)} cases in {folder} are not as in the raw data set: {shown(findings)}",
                           f"{command} (and correct splits_final.json, if it names cases that are gone)")
         if found.unusable:
             images = [f"{case} ({reason})" for case, reason in found.unusable.items()]
-            yield problem(f"{len(images)} cases in {folder} are no images: {listed(images)}",
+            yield problem(f"{len(images)} cases in {folder} are no images: {shown(images)}",
                           f"replace or remove their files, then {command}")
         if found.agrees and not found.unusable:
             yield ok(f"the preprocessed cases in {os.path.basename(folder)} are those of the raw data set")
@@ -108,16 +108,16 @@ def check_sizes(
                 sizes[case] = math.prod(resampled_shape(content.shape[1:], content.spacing, manager, configuration))
         if impossible:
             found = True
-            yield problem(f"{len(impossible)} cases cannot be resampled ({name}): {listed(impossible)}",
+            yield problem(f"{len(impossible)} cases cannot be resampled ({name}): {shown(impossible)}",
                           'mend them, or remove them; unlabelled ones are left out with "skip_unreadable": true')
         median = float(np.median([float(size) for case, size in sizes.items() if case in labelled] or [math.inf]))
         large = [f"{case} ({size / median:.0f} times)" for case, size in sizes.items() if size > _MUCH_LARGER * median]
         if large:
             found = True
             yield warning(f"{len(large)} cases have many more voxels than a usual labelled one once they are resampled "
-                          f"({name}): {listed(large)}", "see whether their voxel size in the header is in mm")
+                          f"({name}): {shown(large)}", "see whether their voxel size in the header is in mm")
     if not found:
-        yield ok(f"all {len(first)} cases can be resampled to {listed(targets)}")
+        yield ok(f"all {len(first)} cases can be resampled to {shown(targets)}")
 
 
 def check_intensities(
@@ -150,7 +150,7 @@ def check_intensities(
                                    f"{low:.4g} to {high:.4g})")
     if outside:
         yield warning(f"{len(outside)} unlabelled images have intensities far from those of the labelled ones: "
-                      f"{listed(outside)}", "see whether they are what their names say, in the same unit, undamaged")
+                      f"{shown(outside)}", "see whether they are what their names say, in the same unit, undamaged")
 
 
 def _plan_of(contents: Sequence[FileContent]) -> Plan:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from nnunetv2_semi.errors import UserError, one_line
+from nnunetv2_semi.errors import UserError, one_line, shown
 
 RANDOM = "random"
 HUB = "hub:"
@@ -104,7 +104,7 @@ def require_same_parameters(own: Mapping[str, torch.Tensor], found: Mapping[str,
     wrong = {"are missing": [name for name in own if name not in found],
              "are not known": [name for name in found if name not in own],
              "have another shape": other}
-    said = [f"{len(names)} {problem} ({_few(names)})" for problem, names in wrong.items() if names]
+    said = [f"{len(names)} {problem} ({shown(names, 8)})" for problem, names in wrong.items() if names]
     if said:
         raise UserError(f"The weights in {path} do not fit: of {len(own)} parameters " + "; ".join(said) + "."
                         + (f" {hint}" if hint else ""))
@@ -113,11 +113,6 @@ def require_same_parameters(own: Mapping[str, torch.Tensor], found: Mapping[str,
 def missing_extra(package: str) -> UserError:
     """What to raise where ``package`` of the extra is not installed."""
     return UserError(f"This foundation model needs the package {package}: {_INSTALL}")
-
-
-def _few(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _read(file: Path) -> object:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 # Attention heads of the mask decoder, which no shape in a file tells; the original code has no other number.
 _DECODER_HEADS = 8
@@ -96,7 +96,7 @@ def from_original_layout(state: Mapping[str, torch.Tensor], path: Path) -> SAMWe
             renamed[known] = value
     if unknown:
         raise UserError(f"{path} is not a SAM with a plain vision transformer (ViT-B, L or H): it has "
-                        f"{', '.join(unknown[:8])}{' and more' if len(unknown) > 8 else ''}.")
+                        f"{shown(unknown, 8)}.")
     renamed = with_both_position_matrices(renamed)
     try:
         vision, prompt, decoder = _settings(renamed)

@@ -14,7 +14,6 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.labelled_checks import check_labelled_cases
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels, SeededBatches, UnlabelledPatchLoader
-from nnunetv2_semi.data.one_at_a_time import one_at_a_time
 from nnunetv2_semi.data.patch_channels import ModalityDrop
 from nnunetv2_semi.data.preprocessing import UnlabelledCases, prepare_unlabelled
 from nnunetv2_semi.methods.contract import Batch
@@ -25,19 +24,17 @@ from nnunetv2_semi.processes.pool import default_processes
 
 def check_labelled(trainer: nnUNetTrainer) -> None:
     """Refuse labelled cases that are not those of the raw data set, or no images or labels; see the function called."""
-    with one_at_a_time(trainer.preprocessed_dataset_folder_base, trainer.print_to_log_file):
-        check_labelled_cases(
-            trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json,
-            num_processes=default_processes(), report=trainer.print_to_log_file)
+    check_labelled_cases(
+        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json,
+        num_processes=default_processes(), report=trainer.print_to_log_file)
 
 
 def prepare(trainer: nnUNetTrainer, settings: Settings) -> UnlabelledCases:
     """The unlabelled cases, preprocessed where new or changed. Raises UserError for what is wrong with them."""
-    with one_at_a_time(trainer.preprocessed_dataset_folder_base, trainer.print_to_log_file):
-        cases = prepare_unlabelled(
-            trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json,
-            num_processes=default_processes(), skip_unreadable=settings.skip_unreadable,
-            report=trainer.print_to_log_file)
+    cases = prepare_unlabelled(
+        trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json,
+        num_processes=default_processes(), skip_unreadable=settings.skip_unreadable,
+        report=trainer.print_to_log_file)
     trainer.print_to_log_file(f"{len(cases.identifiers)} unlabelled cases in {cases.folder}")
     return cases
 

@@ -9,9 +9,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import write_json_whole
-from nnunetv2_semi.data.raw_cases import shown
 from nnunetv2_semi.data.splits_file import cases_left_out, check_splits, read_splits, splits_path
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.training import batches
 
 NNUNET_FOLDS = 5

@@ -10,10 +10,12 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+from filelock import FileLock
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_semi.data.filling_preprocessor import FillingPreprocessor
+from nnunetv2_semi.data.one_at_a_time import LOCK
 from nnunetv2_semi.data.preprocessing import prepare_unlabelled
 from nnunetv2_semi.errors import UserError
 
@@ -67,6 +69,18 @@ def test_nothing_is_done_twice(tiny, preprocessed_cases):
     touched = raw_file(tiny, "un_a")
     os.utime(touched, ns=(1, 1))  # the same content, as after a copy
     assert prepare(tiny).identifiers == CASES
+    assert preprocessed_cases == CASES
+
+
+def test_what_another_process_prepares_is_waited_for_and_not_done_again(tiny, preprocessed_cases):
+    lock = FileLock(tiny.preprocessed_folder / LOCK, thread_local=False)
+    lock.acquire()
+
+    def report(line):
+        if line.startswith("Waiting for another process"):
+            lock.release()
+
+    assert prepare(tiny, report=report).identifiers == CASES  # would wait for ever if it did not say so first
     assert preprocessed_cases == CASES
 
 
@@ -175,7 +189,7 @@ def test_a_preprocessor_that_cannot_fill_channels_is_refused(tiny, preprocessed_
 def test_a_labelled_image_is_refused_as_another_channel_too(tiny):
     raw_file(tiny, "un_b", 1).unlink()
     shutil.copy(tiny.raw_folder / "imagesTr" / "lab_a_0001.nii.gz", raw_file(tiny, "un_b", 0))
-    with pytest.raises(UserError, match=r"un_b_0000\.nii\.gz = lab_a_0001\.nii\.gz"):
+    with pytest.raises(UserError, match=r"un_b_0000\.nii\.gz = imagesTr/lab_a_0001\.nii\.gz"):
         prepare_filling(tiny)
 
 
@@ -255,7 +269,7 @@ def test_a_case_of_the_splits_is_refused(tiny):
 
 def test_a_labelled_image_under_another_name_is_refused(tiny, preprocessed_cases):
     shutil.copy(tiny.raw_folder / "imagesTr" / "lab_a_0001.nii.gz", raw_file(tiny, "un_b", 1))
-    with pytest.raises(UserError, match=r"un_b_0001\.nii\.gz = lab_a_0001\.nii\.gz"):
+    with pytest.raises(UserError, match=r"un_b_0001\.nii\.gz = imagesTr/lab_a_0001\.nii\.gz"):
         prepare(tiny)
     assert preprocessed_cases == []
 
@@ -265,7 +279,8 @@ def test_an_unlabelled_image_present_twice_is_reported(tiny):
         shutil.copy(raw_file(tiny, "un_a", channel), raw_file(tiny, "un_c", channel))
     lines = []
     assert prepare(tiny, report=lines.append).identifiers == CASES
-    assert any("un_c_0000.nii.gz and un_a_0000.nii.gz" in line for line in lines)
+    said = [line for line in lines if "same image" in line]
+    assert len(said) == 1 and "un_c_0000.nii.gz = imagesUn/un_a_0000.nii.gz" in said[0]
 
 
 def test_an_unlabelled_image_that_seems_to_be_a_changed_copy_is_reported(tiny):

@@ -22,7 +22,7 @@ from nnunetv2_semi.data.raw_cases import (
     list_unlabelled_cases,
     raw_dataset_folder,
 )
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.processes.pool import default_processes
 
 REQUIRED_KEYS = ("labels", "file_ending")
@@ -153,7 +153,7 @@ def classes_per_case(dataset_json: dict, cases: Mapping[str, Case]) -> dict[str,
     problems = [f"{file} ({reason})" for file, reason in sorted(reasons.items())]
     if problems:
         raise UserError(
-            f"{len(problems)} label file(s) cannot be used: {', '.join(problems)}. Replace them, or remove their cases."
+            f"{len(problems)} label file(s) cannot be used: {shown(problems)}. Replace them, or remove their cases."
         )
     return {
         case: frozenset(name for value, name in names.items() if value in contents[file].values)
@@ -211,5 +211,5 @@ def _check_files(source: Source) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{len(wrong)} file(s) of {source.folder} do not exist, or do not end with {ending}: {', '.join(wrong)}."
+            f"{len(wrong)} file(s) of {source.folder} do not exist, or do not end with {ending}: {shown(wrong)}."
         )

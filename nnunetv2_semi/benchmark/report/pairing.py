@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 UNFAIR = "trained on other data sets or folds than the control, or not as often"
 
@@ -84,12 +84,11 @@ def _models(rows: pd.DataFrame) -> pd.MultiIndex:
     )
 
 
-def _named(left_out: pd.MultiIndex, models: pd.MultiIndex, most: int = 3) -> str:
+def _named(left_out: pd.MultiIndex, models: pd.MultiIndex) -> str:
     """Models by that in which any of ``models`` differ: seed 2, seed 3."""
     words = [(place, level.replace("dataset", "data set")) for place, level in enumerate(models.names)
              if models.get_level_values(level).nunique() > 1]  # fmt: skip
-    names = [" ".join(f"{word} {model[place]}" for place, word in words) for model in left_out.unique()]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return shown((" ".join(f"{word} {model[place]}" for place, word in words) for model in left_out.unique()), 3)
 
 
 def _shares(models: pd.MultiIndex) -> dict[tuple[str, str], float]:

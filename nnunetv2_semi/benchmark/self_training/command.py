@@ -23,7 +23,7 @@ from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
 from nnunetv2_semi.data.file_contents import file_contents
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, exclusive_exit_status_of, prediction_options
 from nnunetv2_semi.processes.pool import default_processes, processes_to_read
 
@@ -138,7 +138,7 @@ class SelfTraining:
         empty = sorted(case for case, score in scores.items() if score is None)
         print(f"\nRound {number}: {len(kept)} of {len(scores)} unlabelled cases keep their prediction. See {folder}")
         if empty:
-            print(f"  Nothing was predicted in {len(empty)}, which are not used: {', '.join(empty)}")
+            print(f"  Nothing was predicted in {len(empty)}, which are not used: {shown(empty)}")
         if not kept:
             where = ", ".join(map(str, teacher.models))
             raise CommandFailed(f"The model in {where} finds nothing in any unlabelled case, so there is nothing to "
@@ -176,7 +176,7 @@ class SelfTraining:
                   Progress(len(self.files), "case", lambda: len(list(unfinished.glob(f"*{self.ending}")))))
         missing = [file for file in self.files if not (unfinished / file).is_file()]
         if missing:
-            raise CommandFailed(f"nnUNetv2_predict left no prediction for {', '.join(missing)} in {unfinished}.")
+            raise CommandFailed(f"nnUNetv2_predict left no prediction for {shown(missing)} in {unfinished}.")
         unfinished.rename(done)
         return done
 
@@ -194,7 +194,7 @@ class SelfTraining:
         if table.is_file():
             scores = stability.read_scores(table)
             if set(scores) != set(self.source.unlabelled):
-                changed = ", ".join(sorted(set(scores) ^ set(self.source.unlabelled)))
+                changed = shown(sorted(set(scores) ^ set(self.source.unlabelled)))
                 raise UserError(f"Other cases are unlabelled than when {table.parent} was made: {changed}. {ANEW}")
         else:
             rated = stability.stability_of_cases(final, others, self.files, self.start.structures,

@@ -19,7 +19,7 @@ from nnunetv2_semi.benchmark.study.jobs import Folders
 from nnunetv2_semi.benchmark.study.trainer_facts import trainer_class
 from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.data.atomic_files import read_json_object
-from nnunetv2_semi.data.duplicates import find_duplicates
+from nnunetv2_semi.data.duplicates import find_duplicates, shown_pairs
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
@@ -273,8 +273,7 @@ def _check_no_labelled_image(source: Source, preprocessed: Path, reader_name: st
                             for cases in (source.labelled, source.unlabelled))
     contents = TrainingData(Path(source.folder), preprocessed, reader_name).contents(
         [file for files in (*labelled.values(), *unlabelled.values()) for file in files])
-    pairs = [f"{Path(same.file).name} = {Path(same.other_file).name}"
-             for same in find_duplicates(unlabelled, contents, labelled)]
+    pairs = find_duplicates(unlabelled, contents, labelled)
     if pairs:
-        raise UserError(f"{len(pairs)} unlabelled case(s) hold the same image as a labelled case: {', '.join(pairs)}. "
-                        f"Remove them from {UNLABELLED_FOLDER}.")
+        raise UserError(f"{len(pairs)} unlabelled case(s) hold the same image as a labelled case: "
+                        f"{shown_pairs(pairs)}. Remove them from {UNLABELLED_FOLDER}.")

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from nnunetv2_semi.benchmark.study.jobs import Job
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.benchmark.study.trainer_facts import Facts, Question, differences, trainer_facts
-from nnunetv2_semi.data.raw_cases import cases_in, shown
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.data.raw_cases import cases_in
+from nnunetv2_semi.errors import UserError, shown
 
 
 def check_data_sets(jobs: Sequence[Job]) -> None:
@@ -42,7 +42,7 @@ def _check_test_cases(job: Job) -> None:
     lacking = [case for case in job.test_cases() if case.removesuffix(ending) not in images]
     if lacking or not job.test_cases():
         raise UserError(f"{job.raw / 'labelsTs'}: {len(lacking)} labels have no image in imagesTs: "
-                        f"{', '.join(lacking[:10]) or 'there are no labels with the ending of dataset.json'}.")
+                        f"{shown(lacking) or 'there are no labels with the ending of dataset.json'}.")
 
 
 def check_unchanged(jobs: Sequence[Job]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nnunetv2_semi.benchmark.study.jobs import MARKER, Job, State
 from nnunetv2_semi.data.atomic_files import read_json_object, write_json_whole
+from nnunetv2_semi.errors import shown
 from nnunetv2_semi.processes.commands import CommandFailed, command_path, prediction_options, run_watched
 
 FINAL = "checkpoint_final.pth"
@@ -120,7 +121,7 @@ def _predict(job: Job, device: str, while_running: Callable[[], None], cores: Se
     run_watched(command, job.folder / "prediction.log", environment(device, cores), while_running, cores)
     missing = [case for case in cases if not (job.predictions / case).is_file()]
     if missing:
-        raise CommandFailed(f"nnUNetv2_predict left no prediction for {', '.join(missing)} in {job.predictions}.")
+        raise CommandFailed(f"nnUNetv2_predict left no prediction for {shown(missing)} in {job.predictions}.")
 
 
 def environment(device: str, cores: Sequence[int] | None) -> Mapping[str, str]:
