@@ -20,7 +20,7 @@ from skimage import io
 
 from nnunetv2_semi.benchmark.report import report
 from nnunetv2_semi.benchmark.report.pairing import Arm
-from nnunetv2_semi.benchmark.report.report import predictions_of, write_report
+from nnunetv2_semi.benchmark.report.report import predictions_of, with_control, write_report
 from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
 from nnunetv2_semi.benchmark.report.tables import settings_table
 from nnunetv2_semi.benchmark.study.study import Study
@@ -318,10 +318,31 @@ def test_command_reports_on_a_study_in_its_folder(study: list[PredictedRun], tmp
     assert "within 2.5 mm" in page.text and page.text.startswith("study ")
 
 
+def test_a_study_is_compared_with_another_of_its_methods_if_that_is_named(
+    study: list[PredictedRun], tmp_path: Path
+) -> None:
+    described = Study(tmp_path / "study", (1,), ())
+    call = parsed("study.yaml", "--worst-cases", "0", "-np", "1", "--control", "Ours")
+    assert report.run(call, lambda file: (described, [run for run in study if run.labelled == 4])) == 0
+    page = Page((tmp_path / "study" / "report" / "report.html").read_text(encoding="utf-8"))
+    assert page.text.startswith("study, compared with Ours ")
+    assert "Baseline, 4 labelled: behind the control." in page.text and "Ours (control)" in page.text
+
+
+def test_upper_bounds_stay_what_they_are_whatever_others_are_compared_with(study: list[PredictedRun]) -> None:
+    bound = replace(study[0], role="upper bound", method="Ours", labelled=40)
+    roles = {(run.method, run.labelled): run.role for run in with_control([*study, bound], "Ours")}
+    assert roles["Ours", 40] == "upper bound" and roles["Ours", 4] == "control" and roles["Baseline", 4] == "method"
+    with pytest.raises(UserError, match="--control Theirs is not among the predictions: .*Baseline"):
+        with_control(study, "Theirs")
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "Give a study file, or all of --truth"),
     (["--truth", "labelsTs"], "Give a study file, or all of --truth"),
     (["study.yaml", "--truth", "labelsTs"], "Give a study file, or all of --truth"),
+    (["study.yaml", "--upper-bound", "A", "--images", "."],
+     "A study has its own: leave out --images and --upper-bound"),
     (["--truth", ".", "--dataset-json", "d.json", "--predictions", "folder"], "takes NAME=FOLDER, not 'folder'"),
     (["--truth", ".", "--dataset-json", "d.json", "--predictions", "A=."], "d.json is not a dataset.json"),
     (["--truth", ".", "--dataset-json", "d.json", "--predictions", "A=absent"], "absent is not a folder"),

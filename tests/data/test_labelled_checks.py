@@ -276,8 +276,9 @@ def test_a_folder_that_cannot_be_written_is_enough(preprocessed, monkeypatch):
 
 def test_files_of_nnunet_stay_as_they_are(preprocessed):
     def state():
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns)
-                for path in preprocessed.preprocessed_folder.rglob("*") if not path.name.startswith(("semi_", ".semi_"))}
+        files = [path for path in preprocessed.preprocessed_folder.rglob("*")
+                 if not path.name.startswith(("semi_", ".semi_"))]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
     before = state()
     rewrite(images(preprocessed, "lab_a")[1], lambda voxels: voxels[::-1])

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images of the test cases, as imagesTs")
     parser.add_argument("--predictions", nargs="+", metavar="NAME=FOLDER", default=[],
                         help="one file a case, named as in --truth; the same name again is another seed")  # fmt: skip
-    parser.add_argument("--control", metavar="NAME", help="the predictions that others are compared with")
+    parser.add_argument("--control", metavar="NAME",
+                        help="the method that others are compared with (default: the study's control)")  # fmt: skip
     parser.add_argument("--upper-bound", metavar="NAME", help="the predictions of a training with all labels")
     parser.add_argument("--title", help="of the page")
     parser.add_argument("--tolerance", type=float, metavar="MM",
@@ -66,11 +67,16 @@ def run(args: argparse.Namespace, study_runs: StudyRuns | None = None) -> int:
         raise UserError("Give a study file, or all of --truth, --dataset-json and --predictions.")
     tolerance, title, folder = args.tolerance, args.title, args.output
     if args.study is not None:
+        if unused := [name for name, value in {"--images": args.images, "--upper-bound": args.upper_bound}.items()
+                      if value is not None]:
+            raise UserError(f"A study has its own: leave out {' and '.join(unused)}.")
         if study_runs is None:
             raise UserError("Reports of studies: nnunetv2_semi benchmark report STUDY")
         study, runs = study_runs(args.study)
         tolerance = study.tolerance_mm if tolerance is None else tolerance
         title, folder = title or study.title or study.name, folder or study.folder / FOLDER
+        if args.control is not None:
+            runs, title = with_control(runs, args.control), f"{title}, compared with {args.control}"
     else:
         named = [_name_and_folder(text) for text in args.predictions]
         runs = predictions_of(named, args.truth, args.dataset_json, args.images, args.control, args.upper_bound)
@@ -142,22 +148,34 @@ def predictions_of(
         UserError: A folder does not exist, or ``control`` or ``upper_bound`` is not among the names.
     """
     names = [name for name, _ in name_and_folders]
-    for option, chosen in (("--control", control), ("--upper-bound", upper_bound)):
-        if chosen is not None and chosen not in names:
-            raise UserError(f"{option} {chosen} is not among the predictions: {', '.join(dict.fromkeys(names))}.")
+    _check_named("--upper-bound", upper_bound, names)
     for folder in (truth, *([images] if images else []), *(folder for _, folder in name_and_folders)):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder.")
     content = read_json_object(str(dataset_json)) or {}
     dataset = str(content.get("name") or truth.resolve().parent.name)
-    roles: dict[str | None, Role] = {upper_bound: "upper bound", control: "control"}
-    roles.pop(None, None)
     runs = []
     for index, (name, folder) in enumerate(name_and_folders):
         seed = names[:index].count(name) if names.count(name) > 1 else None
-        runs.append(PredictedRun(dataset, dataset, None, name, roles.get(name, "method"), seed, None, folder, truth,
-                                 images, dataset_json))  # fmt: skip
-    return runs
+        role: Role = "upper bound" if name == upper_bound else "method"
+        runs.append(PredictedRun(dataset, dataset, None, name, role, seed, None, folder, truth, images, dataset_json))
+    return runs if control is None else with_control(runs, control)
+
+
+def with_control(runs: Sequence[PredictedRun], control: str) -> list[PredictedRun]:
+    """The runs, all compared with the method of that name; upper bounds stay what they are.
+
+    Raises:
+        UserError: There is no such method.
+    """
+    _check_named("--control", control, [run.method for run in runs if run.role != "upper bound"])
+    return [run if run.role == "upper bound" else replace(run, role="control" if run.method == control else "method")
+            for run in runs]
+
+
+def _check_named(option: str, name: str | None, names: Sequence[str]) -> None:
+    if name is not None and name not in names:
+        raise UserError(f"{option} {name} is not among the predictions: {', '.join(dict.fromkeys(names))}.")
 
 
 def write_report(
