@@ -18,6 +18,7 @@ STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
            "la3d": "left atrium in 3D, 4 of 64 labelled, one seed",
            "brats2d": "brain tumours, T1ce and T2, 3 of 9 labelled",
            "brats2d_four": "brain tumours, four modalities, 3 of 9 labelled",
+           "busi32": "breast ultrasound, 32 of 456 labelled, all benign",
            "busi64": "breast ultrasound, 64 of 456 labelled, all benign",
            "busi64_6000": "the same, 6000 iterations",
            "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
