@@ -15,6 +15,7 @@ _MAX_IMAGE_VOXELS_2D = 4 * _MAX_PATCH_VOXELS_2D
 _MAX_WHOLE_IMAGE_VOXELS_2D = 128**2
 _BATCH_SIZE_3D = 2
 _BATCH_SIZE_2D = 8
+_MOST_PASSES = 6  # that a method holds at once which does not hold some per modality: RCPS
 
 
 class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
@@ -63,7 +64,7 @@ class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
         self.UNet_blocks_per_stage_encoder = (1,) + (2,) * 13
         self.UNet_blocks_per_stage_decoder = (1,) * 13
         self.lowres_creation_threshold = 0.0
-        self.planned_graphs = self.passes_of_a_step
+        self.planned_graphs = max(self.passes_of_a_step, _MOST_PASSES)
         # nnU-Net shrinks the patch until its cost for a batch of two is below a reference. Here cost is the number of
         # voxels (see static_estimate_VRAM_usage), so the reference is the largest number allowed.
         self.UNet_vram_target_GB = self.UNet_reference_val_corresp_GB

@@ -18,6 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semi.data.phantom import make_phantom_dataset
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.arrangement import Arrangement
+from nnunetv2_semi.methods.bcp import BCP
+from nnunetv2_semi.methods.cps import CPS
+from nnunetv2_semi.methods.mass import MASS
+from nnunetv2_semi.methods.mix import Mix
+from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.synfoc import SynFoC, SynFoCSettings
 from nnunetv2_semi.networks.foundation_memory import sam_vit_b_memory
 from planners.nnUNetFingerprintExtractorSemi import nnUNetFingerprintExtractorSemi
@@ -239,7 +245,7 @@ def test_the_cpu_preset_is_small_whatever_the_images(raw_dataset, shape, spacing
         limit = 40**3 if len(divisor) == 3 else limit_2d
         assert np.prod(plan["patch_size"]) >= min(0.4 * limit, 0.9 * np.prod(plan["median_image_size_in_voxels"]))
         assert plan["semi"] == {
-            "planned_graphs": 4,
+            "planned_graphs": 6,
             "num_epochs": 50,
             "num_iterations_per_epoch": 50,
             "num_val_iterations_per_epoch": 8,
@@ -261,11 +267,14 @@ def test_a_training_step_with_the_cpu_preset_needs_few_operations(raw_dataset):
     assert counter.get_total_flops() < 1e10  # about a tenth of a second of one processor core
 
 
-@pytest.mark.parametrize("joined", [True, False])
-def test_the_cpu_preset_joins_passes_whatever_the_data_set_says(raw_dataset, joined):
-    raw_dataset(semi={"plan_joined_passes": joined})
+@pytest.mark.parametrize("semi", [{}, JOINED, TWO_MODALITIES])
+def test_the_cpu_preset_joins_the_passes_of_every_method_whatever_the_data_set_says(raw_dataset, semi):
+    raw_dataset(semi=semi)
     configurations = nnUNetPlannerSemiCPU(DATASET).plan_experiment()["configurations"]
-    assert {plan["semi"]["planned_graphs"] for plan in configurations.values()} == {2}
+    for plan in configurations.values():
+        for method in (BCP, CPS, MASS, RCPS, Mix, SynFoC):
+            settings = method.Settings(planned_graphs=plan["semi"]["planned_graphs"])
+            assert Arrangement.of(settings, method.graphs(settings)).one_pass
 
 
 def cpu_plan(raw_dataset, shape, spacing, configuration="2d"):
