@@ -323,9 +323,22 @@ def test_an_unforeseen_error_in_one_training_stops_no_other(tmp_path, monkeypatc
         done.append(job.name)
 
     monkeypatch.setattr(local_pool, "execute", execute)
-    first, second = Jobs(name="first"), Jobs(name="second")
+    first, second = Jobs(name="first", state="waiting"), Jobs(name="second", state="waiting")
     local_pool.run_on_devices([first, second], ["cpu"], SimpleNamespace(look=lambda: None))
     assert done == ["second"] and first.state == "failed" and "disk is full" in first.error
+
+
+def test_what_an_earlier_run_left_does_not_count_as_failed_or_running(planned, monkeypatch):
+    (planned / "resumed.yaml").write_text(study_without("nnUNetTrainerSemiMeanTeacher"))
+    jobs = list_jobs(read_study(planned / "resumed.yaml"))
+    for job, state in zip(jobs, ("failed", "running"), strict=True):
+        job.folder.mkdir(parents=True)
+        job.write_record(state, error="of then", labelled=3)
+    seen = []
+    monkeypatch.setattr(local_pool, "execute", lambda *_: seen.append([job.state for job in jobs]))
+    local_pool.run_on_devices(jobs, ["cpu"], SimpleNamespace(look=lambda: None))
+    assert seen == [["waiting", "waiting"]] * 2
+    assert all(job.record["error"] is None and job.record["labelled"] == 3 for job in jobs)
 
 
 def test_devices_that_are_not_there_are_refused():

@@ -30,6 +30,9 @@ def run_on_devices(jobs: Sequence[Job], devices: Sequence[str], bar: StudyBar) -
         except Exception:  # a disk that is full, a file that is gone: the other jobs go on
             job.write_record("failed", error=traceback.format_exc())
 
+    for job in jobs:
+        if job.state != "waiting":  # left by an earlier run that failed or was killed
+            job.write_record("waiting", error=None)
     share_out(jobs, list(zip(devices, _cores(devices), strict=True)), work, bar.look)
 
 
