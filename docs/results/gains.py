@@ -17,13 +17,14 @@ STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
            "la2d": "left atrium, 4 and 8 of 64 labelled",
            "la3d": "left atrium in 3D, 4 of 64 labelled, one seed",
            "hippo3": "hippocampus in 3D, 3 of 80 labelled",
-           "cardiac": "cine and LGE heart MR, 5 + 5 labelled, two seeds",
+           "cardiac": "cine and LGE heart MR, 5 + 5 labelled",
            "brats2d": "brain tumours, T1ce and T2, 3 of 9 labelled",
            "brats2d_four": "brain tumours, four modalities, 3 of 9 labelled",
            "busi32": "breast ultrasound, 32 of 456 labelled, all benign",
            "busi64": "breast ultrasound, 64 of 456 labelled, all benign",
            "busi64_6000": "the same, 6000 iterations",
            "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
+NAMES = {"CML": "Semi-CML", "MeanTeacher": "Mean Teacher", "Stock": "stock nnU-Net"}
 COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not distinguishable from the control
 
 
@@ -49,6 +50,7 @@ def main() -> None:
 def _differences(measures: Path) -> pd.DataFrame:
     rows = summarise(pd.read_csv(measures))
     rows = rows[(rows.metric == "dice") & (rows.label == "mean over labels") & (rows.role == "method")]
+    rows = rows.assign(method=rows.method.replace(NAMES))
     if rows.labelled.nunique() > 1:
         named = zip(rows.method, rows.labelled, strict=True)
         rows = rows.assign(method=[f"{method}, {labelled}" for method, labelled in named])
