@@ -15,7 +15,7 @@ _MAX_IMAGE_VOXELS_2D = 4 * _MAX_PATCH_VOXELS_2D
 _MAX_WHOLE_IMAGE_VOXELS_2D = 128**2
 _BATCH_SIZE_3D = 2
 _BATCH_SIZE_2D = 8
-_MOST_PASSES = 6  # that a method holds at once which does not hold some per modality: RCPS
+_MOST_PASSES = 6  # of RCPS: no method holds more at once, but those that hold some per modality
 
 
 class nnUNetPlannerSemiCPU(nnUNetPlannerSemi):
