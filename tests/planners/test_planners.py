@@ -267,7 +267,7 @@ def test_a_training_step_with_the_cpu_preset_needs_few_operations(raw_dataset):
     assert counter.get_total_flops() < 1e10  # about a tenth of a second of one processor core
 
 
-@pytest.mark.parametrize("semi", [{}, JOINED, TWO_MODALITIES])
+@pytest.mark.parametrize("semi", [{"plan_joined_passes": False}, JOINED, TWO_MODALITIES])
 def test_the_cpu_preset_joins_the_passes_of_every_method_whatever_the_data_set_says(raw_dataset, semi):
     raw_dataset(semi=semi)
     configurations = nnUNetPlannerSemiCPU(DATASET).plan_experiment()["configurations"]
