@@ -3,8 +3,14 @@ import json
 import pytest
 
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.methods.mean_teacher import MeanTeacherSettings
-from nnunetv2_semi.methods.semi_cml import SemiCMLSettings
+from nnunetv2_semi.methods.cps import CPS
+from nnunetv2_semi.methods.fixmatch import FixMatch
+from nnunetv2_semi.methods.fusion import Fusion
+from nnunetv2_semi.methods.mass import MASS
+from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_semi.methods.mix import Mix
+from nnunetv2_semi.methods.rcps import RCPS
+from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
 from nnunetv2_semi.methods.settings import (
     Settings,
     changed,
@@ -14,10 +20,18 @@ from nnunetv2_semi.methods.settings import (
     settings_from_plan,
     value_range,
 )
+from nnunetv2_semi.methods.synfoc import SynFoC
+from nnunetv2_semi.methods.uamt import UAMT
 
 
 def test_defaults_without_a_semi_object():
     assert settings_from_plan(SemiCMLSettings, {}, "SemiCML") == SemiCMLSettings()
+
+
+@pytest.mark.parametrize("method", [Mix, MeanTeacher, UAMT, FixMatch, CPS, RCPS, SynFoC, Fusion, MASS, SemiCML])
+def test_unlabelled_terms_have_their_full_weight_after_a_fifth_of_training(method):
+    """The learning rate falls all the while: a ramp over the whole training leaves a fifth of their effect."""
+    assert 0 < method.Settings().ramp_fraction <= 0.2
 
 
 def test_keys_at_the_top_and_in_the_methods_section():
