@@ -365,6 +365,8 @@ def test_missing_packages_are_named_with_the_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "statsmodels", None)
     with pytest.raises(UserError, match=r'Reports need statsmodels: pip install "nnunetv2-semi\[benchmark\]"'):
         write_report([], tmp_path, "")
+    with pytest.raises(UserError, match="Reports need statsmodels"):  # before anything is read
+        report.run(parsed("no_study.yaml", "--postprocessing", "no.pkl"), lambda _: pytest.fail("the study was read"))
 
 
 def test_a_name_given_twice_is_two_seeds(tmp_path: Path) -> None:

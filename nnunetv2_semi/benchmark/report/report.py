@@ -65,6 +65,7 @@ def run(args: argparse.Namespace, study_runs: StudyRuns | None = None) -> int:
     missing = [option for option, value in plain.items() if not value]
     if (args.study is None) == (len(missing) == len(plain)) or (args.study is None and missing):
         raise UserError("Give a study file, or all of --truth, --dataset-json and --predictions.")
+    _check_packages()
     tolerance, title, folder = args.tolerance, args.title, args.output
     if args.study is not None:
         if unused := [name for name, value in {"--images": args.images, "--upper-bound": args.upper_bound}.items()
@@ -201,9 +202,7 @@ def write_report(
         UserError: The packages of ``nnunetv2-semi[benchmark]`` are missing, or predictions are missing or do not
             belong to the truth.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'Reports need {", ".join(missing)}: pip install "nnunetv2-semi[benchmark]"')
+    _check_packages()
     if not (tolerance_mm >= 0 and worst_cases >= 0):
         raise UserError("The tolerance and the number of worst cases must not be negative.")
     import pandas as pd
@@ -228,6 +227,12 @@ def write_report(
     for name, content in contents.items():
         with whole_file(folder / name) as unfinished:
             Path(unfinished).write_text(content, encoding="utf-8")
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'Reports need {", ".join(missing)}: pip install "nnunetv2-semi[benchmark]"')
 
 
 def _name_and_folder(text: str) -> tuple[str, Path]:
