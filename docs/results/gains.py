@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from nnunetv2_semi.benchmark.report.summary import summarise  # noqa: E402
+from nnunetv2_semi.benchmark.report.summary import rows_of_metric, summarise  # noqa: E402
 from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -48,8 +48,8 @@ def main() -> None:
 
 
 def _differences(measures: Path) -> pd.DataFrame:
-    rows = summarise(pd.read_csv(measures))
-    rows = rows[(rows.metric == "dice") & (rows.label == "mean over labels") & (rows.role == "method")]
+    rows = rows_of_metric(summarise(pd.read_csv(measures)))
+    rows = rows[rows.role == "method"]
     rows = rows.assign(method=rows.method.replace(NAMES))
     if rows.labelled.nunique() > 1:
         named = zip(rows.method, rows.labelled, strict=True)

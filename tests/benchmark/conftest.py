@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from nnunetv2_semi.benchmark.report.measures import COLUMNS, LABEL_MEAN
-from nnunetv2_semi.benchmark.report.summary import summarise
+from nnunetv2_semi.benchmark.report.summary import rows_of_metric, summarise
 
 
 def measures_of(
@@ -43,7 +43,7 @@ def summary_of(*tables: pd.DataFrame, repeats: int = 500) -> pd.DataFrame:
 
 
 def row_of(summary: pd.DataFrame, method: str = "Ours", metric: str = "dice", label: str = LABEL_MEAN) -> pd.Series:
-    found = summary[(summary["method"] == method) & (summary["metric"] == metric) & (summary["label"] == label)]
+    found = rows_of_metric(summary[summary["method"] == method], metric, label)
     assert len(found) == 1
     return found.iloc[0]
 

@@ -22,6 +22,7 @@ from nnunetv2_semi.benchmark.report import report
 from nnunetv2_semi.benchmark.report.pairing import Arm
 from nnunetv2_semi.benchmark.report.report import predictions_of, with_control, write_report
 from nnunetv2_semi.benchmark.report.runs import PredictedRun, Role
+from nnunetv2_semi.benchmark.report.summary import rows_of_metric
 from nnunetv2_semi.benchmark.report.tables import settings_table
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.benchmark.study.trained import curves_of, settings_of
@@ -147,9 +148,8 @@ def summary_row(
     written: Path, method: str, labelled: int, label: str = "mean over labels", metric: str = "dice"
 ) -> pd.Series:
     table = pd.read_csv(written / "summary.csv")
-    found = table[(table["method"] == method) & (table["labelled"] == labelled) & (table["label"] == label)
-                  & (table["metric"] == metric)]  # fmt: skip
-    return found.iloc[0]
+    found = table[(table["method"] == method) & (table["labelled"] == labelled)]
+    return rows_of_metric(found, metric, label).iloc[0]
 
 
 def test_all_files_are_written_and_nothing_else(written: Path) -> None:

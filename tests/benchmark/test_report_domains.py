@@ -14,12 +14,12 @@ import pytest
 from skimage import io
 
 from nnunetv2_semi.benchmark.report.domains import membership_note, with_domain_column, with_domain_rows
-from nnunetv2_semi.benchmark.report.measures import COLUMNS, LABEL_MEAN
+from nnunetv2_semi.benchmark.report.measures import COLUMNS
 from nnunetv2_semi.benchmark.report.page import Table
 from nnunetv2_semi.benchmark.report.pairing import Arm
 from nnunetv2_semi.benchmark.report.report import predictions_of, write_report
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
-from nnunetv2_semi.benchmark.report.summary import summarise
+from nnunetv2_semi.benchmark.report.summary import rows_of_metric, summarise
 from nnunetv2_semi.benchmark.report.tables import ABSENT, domain_tables
 from nnunetv2_semi.errors import UserError
 
@@ -56,8 +56,7 @@ def test_rows_of_a_domain_are_those_of_a_study_with_its_cases_alone_without_the_
         pd.testing.assert_frame_equal(rows[columns], alone[columns])
         assert rows[["p", "p_corrected", "differing_cases"]].isna().all(axis=None) and set(rows["verdict"]) == {""}
         assert not rows["note"].str.contains("test").any()
-    row = summary[(summary["domain"] == "b") & (summary["method"] == "Ours") & (summary["metric"] == "dice")
-                  & (summary["label"] == LABEL_MEAN)].iloc[0]  # fmt: skip
+    row = rows_of_metric(summary[(summary["domain"] == "b") & (summary["method"] == "Ours")]).iloc[0]
     assert row["difference"] == pytest.approx(-0.05) and row["gap_closed"] == pytest.approx(-0.25)
     assert (row["cases"], row["paired_cases"], row["trainings"]) == (5, 5, 2)
 
@@ -91,7 +90,7 @@ def test_tables_have_a_row_per_method_and_a_column_per_domain(measures: pd.DataF
     assert dice.columns == differences.columns == ("Labelled", "Method", "a (7 cases)", "b (5 cases)")
     names = [("4", "Control (control)"), ("4", "Ours"), ("50", "Bound (upper bound)")]
     assert [row[:2] for row in dice.rows] == names and [row[:2] for row in differences.rows] == names[1:2]
-    rows = rows[(rows["metric"] == "dice") & (rows["label"] == LABEL_MEAN) & (rows["method"] == "Ours")]
+    rows = rows_of_metric(rows[rows["method"] == "Ours"])
     for column, domain in enumerate("ab", start=2):
         row = rows[rows["domain"] == domain].iloc[0]
         assert dice.rows[1][column] == f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"

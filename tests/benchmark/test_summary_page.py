@@ -9,8 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 import pytest
 
-from nnunetv2_semi.benchmark.report.measures import LABEL_MEAN
-from nnunetv2_semi.benchmark.report.summary import PRIMARY, summarise
+from nnunetv2_semi.benchmark.report.summary import rows_of_metric, summarise
 from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -67,9 +66,9 @@ def test_row_says_what_the_measures_say(row):
     means = dice(measures)
     own = means.xs(labelled(row), level="labelled")
     assert row.cells["first control"].split(";")[0] == own.xs("control", level="role").item()
-    summary = summarise(measures)
-    summary = summary[(summary.metric == PRIMARY) & (summary.label == LABEL_MEAN) & (summary.role == "method")]
-    verdicts = summary[summary.labelled == labelled(row)].set_index("method")["verdict"]
+    summary = rows_of_metric(summarise(measures))
+    summary = summary[(summary.role == "method") & (summary.labelled == labelled(row))]
+    verdicts = summary.set_index("method")["verdict"]
     for column, method in COLUMNS.items():
         cell = row.cells[column]
         assert bool(cell) == (method in own.index), f"{column}: in the table or in the measures, not in both"

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from nnunetv2_semi.benchmark.report.domains import Domains, domains_of_groups, membership_note
-from nnunetv2_semi.benchmark.report.measures import LABEL_MEAN, dice_of_cases
+from nnunetv2_semi.benchmark.report.measures import dice_of_cases
 from nnunetv2_semi.benchmark.report.page import Section, Table
 from nnunetv2_semi.benchmark.report.pairing import UNFAIR, Arm, control_of, pair_of, upper_bound_of
 from nnunetv2_semi.benchmark.report.plots import Style, curves_plot, efficiency_plot, paired_plot, styles_of
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
-from nnunetv2_semi.benchmark.report.summary import PRIMARY
+from nnunetv2_semi.benchmark.report.summary import rows_of_metric
 from nnunetv2_semi.benchmark.report.tables import (
     Runs,
     counted,
@@ -65,7 +65,7 @@ def sections_of(
     arms, domains = arms_of(runs), domains_of_groups(runs)
     of_domains = summary[summary["domain"].notna()] if domains else summary.iloc[:0]
     summary = summary[summary["domain"].isna()] if domains else summary
-    primary = summary[(summary["metric"] == PRIMARY) & (summary["label"] == LABEL_MEAN)]
+    primary = rows_of_metric(summary)
     sections = [_result(arms, primary)]
     groups = list(dict.fromkeys(arm.group for arm in arms))
     for group in groups:

@@ -74,6 +74,11 @@ def summarise(measures: pd.DataFrame, repeats: int = REPEATS, seed: int = 0, *, 
     return table.drop(columns="direction")
 
 
+def rows_of_metric(summary: pd.DataFrame, metric: str = PRIMARY, label: str = LABEL_MEAN) -> pd.DataFrame:
+    """Rows of one metric and label, of the summary or a part of it."""
+    return summary[(summary["metric"] == metric) & (summary["label"] == label)]
+
+
 def _rows_of_arm(arm: Arm, arms: Mapping[Arm, pd.DataFrame], repeats: int, seed: int, tested: bool) -> pd.DataFrame:
     """Rows of the summary, without what needs all arms."""
     rows = arms[arm]

@@ -11,7 +11,7 @@ from nnunetv2_semi.benchmark.report.measures import LABEL_MEAN
 from nnunetv2_semi.benchmark.report.page import Table
 from nnunetv2_semi.benchmark.report.pairing import Arm, control_of
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
-from nnunetv2_semi.benchmark.report.summary import PRIMARY
+from nnunetv2_semi.benchmark.report.summary import PRIMARY, rows_of_metric
 from nnunetv2_semi.benchmark.study.trained import settings_of
 
 METRIC_NAMES = {"dice": "Dice", "jaccard": "Jaccard", "hd95_mm": "HD95 (mm)", "asd_mm": "ASD (mm)", "nsd": "NSD"}
@@ -66,8 +66,7 @@ def rows_of(table: pd.DataFrame, arm: Arm) -> pd.DataFrame:
 
 def summary_row(summary: pd.DataFrame, arm: Arm, metric: str = PRIMARY, label: str = LABEL_MEAN) -> pd.Series:
     """The row of one arm, metric and label."""
-    rows = rows_of(summary, arm)
-    return rows[(rows["metric"] == metric) & (rows["label"] == label)].iloc[0]
+    return rows_of_metric(rows_of(summary, arm), metric, label).iloc[0]
 
 
 def main_table(rows: Mapping[Arm, pd.Series]) -> Table:
@@ -98,7 +97,7 @@ def domain_tables(arms: Runs, summary: pd.DataFrame, note: str) -> list[Table]:
 
     summary: Rows of the domains, of ``with_domain_rows``. note: on which cases are of which domain.
     """
-    primary = summary[(summary["metric"] == PRIMARY) & (summary["label"] == LABEL_MEAN)]
+    primary = rows_of_metric(summary)
     counts = {str(name): int(rows["cases"].max()) for name, rows in primary.groupby("domain", sort=False)}
     if not counts:
         return []
