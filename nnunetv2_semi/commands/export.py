@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from nnunetv2_semi.data.atomic_files import whole_folder, write_json_whole
 from nnunetv2_semi.data.dataset_settings import folder_name
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.trainer_classes import trainer_class
 
 if TYPE_CHECKING:
     import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    from nnunetv2_semi.methods.base import Method
     from nnunetv2_semi.networks.deployment import StockNetwork
 
 _PER_CHANNEL = ("normalization_schemes", "use_mask_for_norm")
@@ -101,9 +102,10 @@ def export_model(model_folder: str, output_folder: str, *, modality: str | None 
             path = os.path.join(model_folder, f"fold_{fold}", checkpoint_name)
             checkpoint = torch.load(path, map_location="cpu", weights_only=False)
             configuration = checkpoint["init_args"]["configuration"]
-            method = _method_of(checkpoint["trainer_name"])
-            models = _stock_networks(method, plans, configuration, dataset_json, checkpoint["network_weights"])
-            for name, (channels, weights) in _chosen(models, modality, method.name).items():
+            trainer = checkpoint["trainer_name"]
+            models = _stock_networks(_our_trainer(trainer), plans, configuration, dataset_json,
+                                     checkpoint["network_weights"])
+            for name, (channels, weights) in _chosen(models, modality, trainer).items():
                 part = folder_name(name) if len(models) > 1 and modality is None else ""
                 folder = os.path.join(unfinished, part)
                 stock = {"plans": _stock_plans(plans, channels), "dataset_json": _stock_dataset(dataset_json, channels)}
@@ -138,37 +140,37 @@ def _folds(model_folder: str, folds: Sequence[str] | None, checkpoint_name: str)
     return list(folds) if folds else [fold for fold in trained if fold != "all"] or trained  # as nnU-Net chooses
 
 
-def _method_of(trainer_name: str) -> type[Method]:
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+def _our_trainer(name: str) -> type[nnUNetTrainer]:
+    from nnunetv2_semi.trainer import nnUNetTrainerSemi
+    from nnunetv2_semi.training.stock_trainer import nnUNetTrainerSemiStock
 
-    trainer = recursive_find_trainer_class_by_name(trainer_name)
-    method = getattr(trainer, "method_class", None)
-    if method is None:
-        raise UserError(f"The model was trained with {trainer_name}, which is not a trainer of this package: it needs "
-                        "no export.")
-    return method
+    trainer = trainer_class(name)
+    if not issubclass(trainer, (nnUNetTrainerSemi, nnUNetTrainerSemiStock)):
+        raise UserError(f"The model was trained with {name}, which is not a trainer of this package: it needs no "
+                        "export.")
+    return trainer
 
 
-def _stock_networks(method: type[Method], plans: dict, configuration: str, dataset_json: dict,
+def _stock_networks(trainer: type[nnUNetTrainer], plans: dict, configuration: str, dataset_json: dict,
                     weights: dict) -> dict[str, StockNetwork]:
     """The parts of the deployed network that stock nnU-Net can run, by name."""
     import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunetv2_semi.methods.base import Method
     from nnunetv2_semi.networks.deployment import Deployed
 
     manager = PlansManager(copy.deepcopy(plans))
     chosen = manager.get_configuration(configuration)
     what = (manager, chosen, determine_num_input_channels(manager, chosen, dataset_json),
             manager.get_label_manager(dataset_json).num_segmentation_heads, False)
-    network = method.build_student(*what)
+    network = trainer.build_network_architecture(*what)
     network.load_state_dict(weights)
     if isinstance(network, Deployed):
         return network.stock_networks()
     with torch.device("meta"):
-        stock = Method.build_student(*what)
+        stock = nnUNetTrainer.build_network_architecture(*what)
     # What a module prints are its layers with all that they were built with, activations for one.
     if repr(network) != repr(stock) or _shapes(network.state_dict()) != _shapes(stock.state_dict()):
         return {}
@@ -179,13 +181,13 @@ def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
-def _chosen(models: Mapping[str, tuple], modality: str | None, method: str) -> dict[str, tuple]:
+def _chosen(models: Mapping[str, tuple], modality: str | None, trainer: str) -> dict[str, tuple]:
     if not models:
-        raise UserError(f"The network that {method} deploys is not nnU-Net's own: stock nnU-Net cannot run it.")
+        raise UserError(f"The network that {trainer} deploys is not nnU-Net's own: stock nnU-Net cannot run it.")
     if modality is None:
         return dict(models)
     if modality not in models:
-        known = ", ".join(name for name in models if name) or f"none: {method} trains one network for all channels"
+        known = ", ".join(name for name in models if name) or f"none: {trainer} trains one network for all channels"
         raise UserError(f"No network for modality {modality!r}. Modalities of this model: {known}.")
     return {modality: models[modality]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from nnunetv2_semi.data.atomic_files import whole_file
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import Settings, paper_value, settings_for_plan, type_name, value_range
+from nnunetv2_semi.trainer_classes import method_class, trainer_names
 
 if TYPE_CHECKING:
     from nnunetv2_semi.methods.base import Method
@@ -22,7 +24,8 @@ _BLOCK = re.compile(r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``nnunetv2_semi settings``."""
     parser.add_argument("trainer", nargs="?", metavar="TRAINER",
-                        help="as for -tr, or its part after nnUNetTrainerSemi, such as Mix (default: what all have)")
+                        help="as for -tr, or its part after nnUNetTrainerSemi, such as Mix, or its section's name "
+                             "(default: what all have)")
     parser.add_argument("--json", action="store_true", help='the defaults, as the object "semi" of a plans file')
     parser.add_argument("--write", type=Path, metavar="PAGE", help="renew the tables of a Markdown page")
 
@@ -53,24 +56,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def method_of(trainer: str) -> type[Method]:
-    """The method of a trainer, named as for -tr or by what follows nnUNetTrainerSemi.
+    """The method of a trainer, named as for -tr, by what follows nnUNetTrainerSemi, or as its section is.
 
     Raises:
-        UserError: nnU-Net finds no such trainer, or it is not one of this package's kind.
+        UserError: There is none of that name.
     """
-    # Imported late: torch takes seconds, and a wrong option should be told at once.
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    name = trainer if trainer.startswith("nnUNetTrainer") else f"nnUNetTrainerSemi{trainer}"
-    try:
-        found = recursive_find_trainer_class_by_name(name)
-    except RuntimeError:
-        found = None
-    method: type[Method] | None = getattr(found, "method_class", None)
-    if method is None:
-        raise UserError(f"There is no trainer {name} with settings of its own. Give a name as for -tr, or what follows "
-                        "nnUNetTrainerSemi in it.")
-    return method
+    named = trainer if trainer.startswith("nnUNetTrainer") else f"nnUNetTrainerSemi{trainer}"
+    with contextlib.suppress(UserError):  # nnU-Net finds no trainer of that name
+        if (method := method_class(named)) is not None:
+            return method
+    ours = [method for name in trainer_names() if (method := method_class(name)) is not None]
+    for method in ours:
+        if method.name == trainer:
+            return method
+    raise UserError(f"{trainer} is no trainer with settings of its own. Ours are "
+                    f"{', '.join(sorted(method.name for method in ours))}; or give a name as for -tr.")
 
 
 def page_with_tables(page: str) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
 from nnunetv2_semi.errors import UserError, one_line, shown
-from nnunetv2_semi.installation import CLASS_FOLDERS, REINSTALL, class_folder_source, hiding_folder, nnunet_folder
+from nnunetv2_semi.installation import REINSTALL, hiding_folder, nnunet_folder
+from nnunetv2_semi.trainer_classes import trainer_names
 
 PLANNING = ("nnUNetPlannerSemi", "nnUNetPlannerSemiCPU", "nnUNetFingerprintExtractorSemi")
 PREPROCESSING = ("nnUNetPreprocessorSemi",)
@@ -128,11 +129,6 @@ def check_folders() -> Iterator[Check]:
             yield warning(finding, remedy) if variable == "nnUNet_raw" else problem(finding, remedy)
         else:
             yield ok(f"{variable}={path}")
-
-
-def trainer_names() -> tuple[str, ...]:
-    """Our trainers: one file each, named as the class. Raises UserError where their folder is not found."""
-    return tuple(sorted(file.stem for file in class_folder_source(CLASS_FOLDERS[0]).glob("nnUNetTrainer*.py")))
 
 
 def _is_found(name: str, nnunet: str, folder: str) -> bool:

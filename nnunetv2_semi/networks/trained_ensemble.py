@@ -19,6 +19,7 @@ from nnunetv2_semi.losses.predictions import full_resolution
 from nnunetv2_semi.networks.foundation_weights import weights_digest
 from nnunetv2_semi.networks.modality_branches import mean_probability_logits
 from nnunetv2_semi.networks.stride_padding import cropped, padded_to_strides, product_of_strides
+from nnunetv2_semi.trainer_classes import trainer_class
 
 
 class TrainedEnsemble(nn.Module):
@@ -128,18 +129,11 @@ class TrainedModel:
         return TrainedEnsemble(networks, regions, self.strides)
 
     def _network(self, fold: str) -> nn.Module:
-        # Imported late: nnU-Net's search imports all of its trainers.
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
         checkpoint = self._checkpoint(fold)
-        name = checkpoint["trainer_name"]
         try:
-            trainer = recursive_find_trainer_class_by_name(name)
-        except RuntimeError:
-            trainer = None
-        if trainer is None:
-            raise UserError(f"The teacher in {self.folder} was trained with {name}, which nnU-Net does not find here. "
-                            "nnunetv2_semi doctor says whether the trainers of this package are visible.")
+            trainer = trainer_class(checkpoint["trainer_name"])
+        except UserError as error:
+            raise UserError(f"The teacher in {self.folder} cannot be built: {error}") from None
         network = trainer.build_network_architecture(
             self.plans, self.configuration, self.num_channels,
             self.plans.get_label_manager(self.dataset_json).num_segmentation_heads, enable_deep_supervision=False)

@@ -133,8 +133,9 @@ def test_nothing_in_it_needs_this_package(model, tmp_path):
     assert read(folder, "plans") == PLANS and read(folder, "dataset") == DATASET_JSON
 
 
-def test_a_network_for_all_channels_is_exported_straight_into_the_folder(model, tmp_path):
-    folder, networks = model(MEAN_TEACHER)
+@pytest.mark.parametrize("trainer", [MEAN_TEACHER, "nnUNetTrainerSemiStock"])
+def test_a_network_for_all_channels_is_exported_straight_into_the_folder(model, tmp_path, trainer):
+    folder, networks = model(trainer)
     assert export_model(str(folder), str(tmp_path / "out")) == {"": str(tmp_path / "out")}
     assert read(tmp_path / "out", "dataset")["channel_names"] == CHANNELS
     assert read(tmp_path / "out", "dataset_fingerprint") == read(folder, "dataset_fingerprint")
@@ -188,7 +189,7 @@ def test_the_command_says_how_to_predict_with_what_it_wrote(model, tmp_path, cap
 
 @pytest.mark.parametrize("trainer, arguments, message", [
     (CML, ["--modality", "PET"], "No network for modality 'PET'. Modalities of this model: CT, MR both."),
-    (MEAN_TEACHER, ["--modality", "PET"], "none: MeanTeacher trains one network for all channels"),
+    (MEAN_TEACHER, ["--modality", "PET"], "none: nnUNetTrainerSemiMeanTeacher trains one network for all channels"),
     (CML, ["-f", "3"], "no checkpoint_final.pth for fold 3. Folds that have it: 0."),
     (CML, ["-chk", "checkpoint_best.pth"], "no checkpoint_best.pth for fold (any). Folds that have it: none."),
 ])

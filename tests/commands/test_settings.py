@@ -32,10 +32,19 @@ def test_json_can_be_pasted_into_a_plans_file(capsys, trainer):
     assert settings_from_plan(FixMatchSettings, semi, "FixMatch") == FixMatchSettings()
 
 
+@pytest.mark.parametrize("section, trainer", [("SemiCML", "CML"), ("Distillation", "Distill")])
+def test_the_name_of_a_plans_files_section_will_do(capsys, section, trainer):
+    for name in (section, trainer):
+        assert cli.main(["settings", name, "--json"]) == 0
+    by_section, by_trainer = capsys.readouterr().out.split("\n}\n{")
+    assert section in json.loads(by_section + "}") and by_section[1:] + "\n}\n" == by_trainer
+
+
 @pytest.mark.parametrize("trainer", ["Nonsense", "nnUNetTrainer"])
-def test_a_trainer_without_settings_is_an_error(capsys, trainer):
+def test_a_trainer_without_settings_is_an_error_that_names_ours(capsys, trainer):
     assert cli.main(["settings", trainer]) == 1
-    assert "There is no trainer nnUNetTrainer" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{trainer} is no trainer with settings of its own. Ours are BCP, CPS, Distillation," in error
 
 
 def test_tables_of_a_page_are_renewed_and_the_rest_stays(tmp_path):

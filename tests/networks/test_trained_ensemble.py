@@ -153,5 +153,6 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(model,
 def test_a_trainer_that_nnunet_does_not_find_is_named(model, monkeypatch):
     teacher = TrainedModel.checked(model(), ["0"], "checkpoint_final.pth")
     monkeypatch.setattr(find_objects, "recursive_find_trainer_class_by_name", lambda name: None)
-    with pytest.raises(UserError, match="was trained with nnUNetTrainer, which nnU-Net does not find here.*doctor"):
+    with pytest.raises(UserError, match="cannot be built: nnU-Net finds no trainer nnUNetTrainer.*doctor") as error:
         teacher.ensemble()
+    assert str(teacher.folder) in str(error.value)

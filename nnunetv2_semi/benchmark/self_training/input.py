@@ -16,7 +16,6 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2_semi.benchmark.datasets.source_cases import Source
 from nnunetv2_semi.benchmark.self_training.stability import number_kept
 from nnunetv2_semi.benchmark.study.jobs import Folders
-from nnunetv2_semi.benchmark.study.trainer_facts import trainer_class
 from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates, shown_pairs
@@ -25,6 +24,7 @@ from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
 from nnunetv2_semi.schedules import snapshot_after
+from nnunetv2_semi.trainer_classes import method_class
 from nnunetv2_semi.training.splits import NNUNET_FOLDS
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _with_own_seed(semi: Mapping[str, object], number: int) -> dict[str, object]
 
 def _method(trainer: str) -> type[Method]:
     """The method of a trainer of ours."""
-    method = getattr(trainer_class(trainer), "method_class", None)
+    method = method_class(trainer)
     if method is None:
         raise UserError(f"{trainer} keeps no checkpoints on the way, and so the stability of its predictions cannot be "
                         "told. Use a trainer that does, for instance nnUNetTrainerSemiSupervised.")

@@ -24,10 +24,10 @@ from nnunetv2_semi.benchmark.study.planned_data import (
     write_split,
 )
 from nnunetv2_semi.benchmark.study.study import Entry, Study
-from nnunetv2_semi.benchmark.study.trainer_facts import trainer_class
 from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.trainer_classes import method_class
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _check_trainers(jobs: Sequence[Job]) -> bool:
 def _needs_unlabelled(entry: Entry, study: Study) -> bool:
     from nnunetv2_semi.methods.settings import merged_settings, settings_from_plan
 
-    method = getattr(trainer_class(entry.trainer), "method_class", None)
+    method = method_class(entry.trainer)
     if method is not None:
         settings_from_plan(method.Settings, merged_settings(study.settings, entry.settings), method.name)
     return entry.selftrain is not None or (method is not None and method.uses_unlabelled)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2_semi.benchmark.study.jobs import digest
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.trainer_classes import trainer_class
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -35,19 +36,6 @@ class Question:
     plans: str
     configuration: str
     fold: int | str
-
-
-def trainer_class(name: str) -> type[nnUNetTrainer]:
-    """The trainer that nnU-Net finds under this name. Raises UserError where it finds none."""
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        cls = recursive_find_trainer_class_by_name(name)
-    except RuntimeError:
-        cls = None
-    if cls is None:
-        raise UserError(f"nnU-Net finds no trainer {name}. nnunetv2_semi doctor says whether ours are visible.")
-    return cls
 
 
 def trainer_facts(questions: Sequence[Question], environment: Mapping[str, str]) -> list[Facts]:
