@@ -42,6 +42,17 @@ def all_agree(condition: bool, device: torch.device) -> bool:
     return failures.item() == 0
 
 
+def shares_of_patches(numbers: Sequence[int], device: torch.device) -> Sequence[float] | torch.Tensor:
+    """What to multiply means over so many patches by, so that their mean over processes is that of all patches.
+
+    Every process must call it, with as many numbers. One of no patch gets 0.
+    """
+    if not is_distributed():
+        return [float(number > 0) for number in numbers]
+    own = torch.tensor(numbers, dtype=torch.float32, device=device)
+    return own * dist.get_world_size() / sum_over_processes(own).clamp_min(1)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Mean of the gradients over all processes, in one collective a data type; a missing gradient counts as zero."""
     if not is_distributed():

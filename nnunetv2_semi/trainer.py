@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunetv2_semi import compat
+from nnunetv2_semi.data.atomic_files import remove_unfinished
 from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
 from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels, read_dataset_settings
@@ -210,6 +211,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             self.initialize()
         if not self._restored:
             self.method.on_start()
+        if self.local_rank == 0:
+            remove_unfinished(self.output_folder, "checkpoint_")
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:

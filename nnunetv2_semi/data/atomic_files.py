@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +13,31 @@ from contextlib import contextmanager
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name in the folder of ``path``, made if need be; renamed to ``path`` when the block ends well."""
+    """A temporary name in the folder of ``path``, made if need be; renamed to ``path`` when the block ends well.
+
+    What was written is on the disk before that, so that even a machine that fails then leaves one of the two whole.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder or ".", exist_ok=True)
     unfinished = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
     try:
         yield unfinished
+        with open(unfinished, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(unfinished, path)
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def remove_unfinished(folder: str, beginning: str) -> None:
+    """Remove what a killed `whole_file` has left in ``folder`` of files whose names begin so.
+
+    Only for files that no other process writes.
+    """
+    for name in os.listdir(folder):
+        if re.fullmatch(rf"\.{re.escape(beginning)}.*\.[0-9a-f]{{32}}", name):
+            os.remove(os.path.join(folder, name))
 
 
 @contextmanager
@@ -46,8 +62,6 @@ def write_json_whole(path: str, content: Mapping[str, object] | Sequence[object]
     """Write ``content`` to ``path`` as JSON."""
     with whole_file(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_json_object(path: str) -> dict | None:

@@ -134,10 +134,10 @@ class Method(nn.Module):
         yield [self.supervised(next(passes), batch.target)]
 
     def supervised(self, output: Logits, target: Target, name: str = "supervised", weight: float = 1.0,
-                   applies: bool = True) -> Term:
-        """nnU-Net's own loss as a term. Where it does not apply, a Dice over several processes counts none of it."""
-        value = self.context.supervised_loss(output, target) if applies else self._of_no_voxel(output)
-        return Term(name, value, weight, supervised=True, applies=applies)
+                   patches: int | None = None) -> Term:
+        """nnU-Net's own loss as a term, of so many patches; of 0 a Dice over several processes counts no voxel."""
+        value = self._of_no_voxel(output) if patches == 0 else self.context.supervised_loss(output, target)
+        return Term(name, value, weight, supervised=True, patches=patches)
 
     def _of_no_voxel(self, output: Logits) -> torch.Tensor:
         """nnU-Net's loss of no voxel, which exchanges sums with other processes as often as that of all voxels."""

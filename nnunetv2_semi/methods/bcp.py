@@ -24,7 +24,7 @@ from nnunetv2_semi.methods.islands import Islands
 from nnunetv2_semi.methods.mixing import paste, same_channels
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting
-from nnunetv2_semi.methods.supervised import pasted_into_each_other
+from nnunetv2_semi.methods.supervised import number_mixed, pasted_into_each_other
 from nnunetv2_semi.teachers import EMATeacher
 
 
@@ -112,10 +112,9 @@ class BCP(Method):
     def _labelled_into_each_other(self, batch: Batch) -> Iterator[_Pasted]:
         self.metrics["unlabelled_voxels_used"] = batch.labelled.new_zeros(())
         image, target = pasted_into_each_other(batch, self.settings.box)
-        # beside its plain form a lone patch, pasted into itself, would count twice
-        applies = len(image) > 1 or not self.settings.plain_labelled
+        patches = number_mixed(image) if self.settings.plain_labelled else len(image)
         yield _Pasted(image, lambda output: iter([
-            self.supervised(output, target, "supervised_mixed", applies=applies)]))
+            self.supervised(output, target, "supervised_mixed", patches=patches)]))
 
     def _both_ways(self, batch: Batch) -> Iterator[_Pasted]:
         """Pair k: labelled patch k and unlabelled patch k for x_in, labelled patch k and unlabelled patch k + 1 for

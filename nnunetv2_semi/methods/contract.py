@@ -36,14 +36,21 @@ class Term:
     """One named part of the loss: ``weight * value`` is minimised, ``value`` and ``weight`` are logged.
 
     value: a scalar with a graph. supervised: it comes from labelled voxels; other terms are left out of a step in which
-    they are not finite. applies: False where no patch of the step is of its kind; it counts for nothing then.
+    they are not finite. patches: of so many patches of the step ``value`` is a mean, so that of several processes each
+    counts by its number, and one that has none for nothing; None: each counts alike. Whether it is None must not differ
+    between processes.
     """
 
     name: str
     value: torch.Tensor
     weight: float = 1.0
     supervised: bool = False
-    applies: bool = True
+    patches: int | None = None
+
+    @property
+    def applies(self) -> bool:
+        """Whether a patch of the step is of its kind."""
+        return self.patches != 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,12 +123,13 @@ class Distillation(Method):
     # loss
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
-        labelled, unlabelled = (self._rows(present) for present in (batch.labelled_present, batch.unlabelled_present))
+        labelled = self._rows(batch.labelled, batch.labelled_present)
+        unlabelled = self._rows(batch.unlabelled, batch.unlabelled_present)
         distills = self.unlabelled_weight(1.0) > 0
         images = [labelled.of(batch.labelled), *([unlabelled.of(batch.unlabelled)] if distills else [])]
         outputs = self.passes(self.student, *images)
         output = next(outputs)
-        supervised = self.supervised(output, labelled.of(batch.target), applies=not labelled.empty)
+        supervised = self.supervised(output, labelled.of(batch.target), patches=labelled.number)
         if not distills:
             yield [supervised]
             return
@@ -138,10 +139,10 @@ class Distillation(Method):
         self.note_agreement(probabilities(teacher, regions), probabilities(output, regions))
         yield self._terms("unlabelled", output, teacher, unlabelled)
 
-    def _rows(self, present: torch.Tensor | None) -> Rows:
-        """The patches of cases that have what the student sees; present: bool (B, modalities)."""
+    def _rows(self, image: torch.Tensor, present: torch.Tensor | None) -> Rows:
+        """The patches (B, C, *spatial) of cases that have what the student sees; present: bool (B, modalities)."""
         if self.settings.modality is None or present is None:
-            return Rows()
+            return Rows(len(image))
         return Rows.where(present[:, list(self.context.modalities).index(self.settings.modality)])
 
     def _terms(self, kind: str, output: Logits, teacher: torch.Tensor, rows: Rows) -> list[Term]:
@@ -158,13 +159,13 @@ class Distillation(Method):
                 self.context.scale_weights, lambda z, q: distillation_loss(z, q, settings.temperature, regions),
                 scales, soft_labels(settings.temperature))
             terms.append(Term(f"distillation_{kind}", value, self.unlabelled_weight(settings.distillation_weight),
-                              applies=not rows.empty))
+                              patches=rows.number))
         if settings.dice_weight > 0:
             value = summed_over_scales(
                 self.context.scale_weights, lambda z, q: soft_dice_loss(probabilities(z, regions), q, regions),
                 scales, soft_labels(1.0))
             terms.append(Term(f"distillation_dice_{kind}", value, self.unlabelled_weight(settings.dice_weight),
-                              applies=not rows.empty))
+                              patches=rows.number))
         return terms
 
     # deployment and checkpoints

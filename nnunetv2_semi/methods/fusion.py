@@ -25,7 +25,7 @@ from nnunetv2_semi.losses.predictions import Logits, all_scales, probabilities
 from nnunetv2_semi.methods.base import Method, require_modalities
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
-from nnunetv2_semi.methods.rows import of_patches_with_both
+from nnunetv2_semi.methods.rows import Rows, of_patches_with_both
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import setting, settings_from_plan
 from nnunetv2_semi.networks.fused_network import FusedNetwork, FusionCore, attention_scales
@@ -186,10 +186,10 @@ class Fusion(Method):
         labels, known = known_labels(all_scales(target)[0], self.context.regions, self.context.ignore_label)
         terms = []
         for index, (name, logits) in enumerate(zip(self.student.core.names, each, strict=True)):
-            there = torch.ones(len(logits), dtype=torch.bool) if present is None else present[:, index]
-            counted = known & there.to(known.device).view(-1, *[1] * (known.ndim - 1))
-            terms.append(Term(f"supervised_{name}", self.context.weighted_loss(logits, labels, counted),
-                              self.settings.modality_weight, supervised=True, applies=bool(there.any())))
+            rows = Rows(len(logits)) if present is None else Rows.where(present[:, index])
+            value = self.context.weighted_loss(rows.of(logits), rows.of(labels), rows.of(known) & (not rows.empty))
+            terms.append(Term(f"supervised_{name}", value, self.settings.modality_weight, supervised=True,
+                              patches=rows.number))
         return terms
 
     def _inter_modal(self, each: Sequence[torch.Tensor], present: torch.Tensor | None) -> Term:
@@ -201,7 +201,7 @@ class Fusion(Method):
         losses = [inter_modal_loss(first, second, self.context.regions)
                   for first, second in pairs or combinations(predicted, 2)]
         weight = self.unlabelled_weight(self.settings.inter_weight, self.settings.ramp_fraction)
-        return Term("inter", torch.stack(losses).mean(), weight, applies=bool(pairs))
+        return Term("inter", torch.stack(losses).mean(), weight, patches=int((present.sum(1) > 1).sum()))
 
     @torch.no_grad()
     def pseudo_labels(self, image: torch.Tensor) -> PseudoLabels:

@@ -28,7 +28,7 @@ from nnunetv2_semi.methods.mixing import boxes_to_paste, labelled_partners, past
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, intensity_view
 from nnunetv2_semi.methods.settings import Settings as BaseSettings
 from nnunetv2_semi.methods.settings import changed, setting
-from nnunetv2_semi.methods.supervised import SupervisedSettings, pasted_into_each_other
+from nnunetv2_semi.methods.supervised import SupervisedSettings, number_mixed, pasted_into_each_other
 from nnunetv2_semi.teachers import EMATeacher
 
 Patches = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images, their labels, the weight of each voxel's label
@@ -120,7 +120,7 @@ class Mix(Method):
         yield [self.supervised(next(passes), targets[0])]
         if len(targets) == 2:
             yield [self.supervised(next(passes), targets[1], "labelled_mixing", settings.labelled_mixing,
-                                   applies=len(batch.labelled) > 1)]
+                                   patches=number_mixed(batch.labelled))]
         if weight > 0:
             yield [Term("pseudo_label", self.context.weighted_loss(next(passes), *pseudo_labelled()[1:]), weight)]
 

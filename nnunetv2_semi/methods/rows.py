@@ -18,20 +18,24 @@ Patches = TypeVar("Patches", torch.Tensor, list[torch.Tensor], torch.Tensor | li
 class Rows:
     """Some patches of a batch.
 
-    index: of the patches, on the CPU; None for all of them. empty: there is no such patch, and ``of`` gives all, for a
-    term that does not apply: processes that train together must all compute it, since nnU-Net's loss exchanges sums.
+    number: of the patches. index: theirs, on the CPU; None for all of the batch. Where there is no such patch ``of``
+    gives all, for a term that does not apply: processes that train together must all compute it, since nnU-Net's loss
+    exchanges sums.
     """
 
+    number: int
     index: torch.Tensor | None = None
-    empty: bool = False
 
     @classmethod
     def where(cls, applies: torch.Tensor) -> Rows:
         """The patches of which ``applies``, bool (B,) on the CPU, is true."""
-        if bool(applies.all()):
-            return cls()
         index = applies.nonzero()[:, 0]
-        return cls(index) if len(index) else cls(empty=True)
+        return cls(len(index), index if 0 < len(index) < len(applies) else None)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no such patch."""
+        return self.number == 0
 
     def of(self, patches: Patches) -> Patches:
         """These rows of a tensor (B, ...), or of each tensor of a list."""

@@ -103,7 +103,7 @@ class SemiCML(Method):
         for name, rows in labelled.items():
             output, target = next(outputs[name]), rows.of(batch.target)
             self.scores.count(name, output, target, rows)
-            yield [self.supervised(output, target, f"supervised_{name}", applies=not rows.empty)] \
+            yield [self.supervised(output, target, f"supervised_{name}", patches=rows.number)] \
                 if keep_supervised else []
         if isinstance(stage, Relearning):
             yield from stage.terms(batch.unlabelled, present, unlabelled, outputs)
@@ -113,7 +113,7 @@ class SemiCML(Method):
     def _labelled_rows(self, batch: Batch) -> dict[str, Rows]:
         """The labelled patches that each modality learns from: those that have it."""
         if batch.labelled_present is None:
-            return {name: Rows() for name in self.names}
+            return {name: Rows(len(batch.labelled)) for name in self.names}
         return {name: Rows.where(has) for name, has in zip(self.names, batch.labelled_present.T, strict=True)}
 
     # after a step

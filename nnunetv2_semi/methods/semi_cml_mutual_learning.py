@@ -46,15 +46,15 @@ class MutualLearning:
         """
         method, settings, paired = self.method, self.settings, rows[self.names[0]]
         predicted = [probabilities(next(outputs[name]), method.context.regions) for name in rows]
-        applies = not paired.empty
-        pairs = of_patches_with_both(predicted, paired.of(present)) if applies else list(combinations(predicted, 2))
-        if applies:
+        pairs = list(combinations(predicted, 2)) if paired.empty else \
+            of_patches_with_both(predicted, paired.of(present))
+        if not paired.empty:
             method.note_agreement(pairs[0][0].detach(), pairs[0][1])
         difference = sum(torch.mean((first - second) ** 2) for first, second in pairs) / len(pairs)
         weight = method.unlabelled_weight(settings.consistency_weight, settings.ramp_fraction)
-        terms = [Term("consistency", torch.as_tensor(difference), weight, applies=applies)]
+        terms = [Term("consistency", torch.as_tensor(difference), weight, patches=paired.number)]
         if self.contrast is not None:
             contrasts = [self.contrast(first, second) for first, second in pairs]
             weight = method.unlabelled_weight(settings.asc_weight, settings.asc_ramp_fraction)
-            terms.append(Term("asc", torch.stack(contrasts).mean(), weight, applies=applies))
+            terms.append(Term("asc", torch.stack(contrasts).mean(), weight, patches=paired.number))
         return terms

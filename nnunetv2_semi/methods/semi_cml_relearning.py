@@ -69,19 +69,20 @@ class Relearning:
         soft_labels = self.soft_labels(image, present)
         for name, own in rows.items():
             logits, soft_label = full_resolution(next(outputs[name])), own.of(soft_labels)
-            predicted, applies = probabilities(logits, regions), not own.empty
-            if applies:
+            predicted = probabilities(logits, regions)
+            if not own.empty:
                 method.note_agreement(soft_label, predicted)
             relearn = soft_cross_entropy(logits, soft_label, regions) + soft_dice_loss(predicted, soft_label, regions)
             if self.contrast is None:
-                yield [Term(f"prel_{name}", relearn, method.unlabelled_weight(settings.prel_weight), applies=applies)]
+                yield [Term(f"prel_{name}", relearn, method.unlabelled_weight(settings.prel_weight),
+                            patches=own.number)]
                 continue
             alpha = settings.alpha_better if name == self.better else settings.alpha_weaker
             contrast = self.contrast(soft_label, predicted)
             yield [Term(f"prel_{name}", relearn, method.unlabelled_weight(settings.prel_weight * (1.0 - alpha)),
-                        applies=applies),
+                        patches=own.number),
                    Term(f"prel_asc_{name}", contrast, method.unlabelled_weight(settings.prel_weight * alpha),
-                        applies=applies)]
+                        patches=own.number)]
 
     def soft_labels(self, image: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Mean probability, over noisy passes with dropout active, of the teaching modalities that a patch has.

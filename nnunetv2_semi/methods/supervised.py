@@ -55,8 +55,15 @@ class Supervised(Method):
         image, target = pasted_into_each_other(batch, self.settings.labelled_box)
         passes = self.passes(self.student, batch.labelled, image)
         yield [self.supervised(next(passes), batch.target)]
-        # A lone patch would be pasted into itself: nnU-Net's loss would count twice.
-        yield [self.supervised(next(passes), target, "labelled_mixing", weight, applies=len(image) > 1)]
+        yield [self.supervised(next(passes), target, "labelled_mixing", weight, patches=number_mixed(image))]
+
+
+def number_mixed(image: torch.Tensor) -> int:
+    """How many of the patches (B, C, *spatial) have others to be pasted into.
+
+    A lone one would be pasted into itself, and nnU-Net's loss of it would count twice.
+    """
+    return len(image) if len(image) > 1 else 0
 
 
 def pasted_into_each_other(batch: Batch, box: float) -> tuple[torch.Tensor, Target]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnunetv2_semi.distributed import all_agree, average_gradients
+from nnunetv2_semi.distributed import all_agree, average_gradients, shares_of_patches
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Term
 from nnunetv2_semi.methods.optimization import Optimization
@@ -66,17 +66,26 @@ class TrainingStep:
                 break
             seen += [replace(term, value=term.value.detach()) for term in group]
             # Whether a term applies may differ between processes: what is exchanged must not depend on it.
+            supervised = [term for term in group if term.supervised]
             unlabelled = [term for term in group if not term.supervised and term.weight != 0]
             if unlabelled and not self._finite_everywhere([term for term in unlabelled if term.applies]):
                 unlabelled, complete = [], False
-            losses = [term.weight * term.applies * term.value.float() for term in group if term.supervised]
-            losses += [term.weight * term.value.float() for term in unlabelled if term.applies]
+            losses = [term.weight * share * term.value.float()
+                      for term, share in self._with_shares([*supervised, *unlabelled])
+                      if term.supervised or term.applies]
             if self.method.context.arrangement.one_pass:
                 joined += losses
             else:
                 self._backward(losses)
         self._backward(joined)
         return seen, complete
+
+    def _with_shares(self, terms: list[Term]) -> list[tuple[Term, torch.Tensor | float]]:
+        """The terms, each with what it is multiplied by so that each patch of all processes counts alike."""
+        counted = [term for term in terms if term.patches is not None]
+        shares = shares_of_patches([term.patches or 0 for term in counted], self.device) if counted else []
+        share_of = {term.name: share for term, share in zip(counted, shares, strict=True)}
+        return [(term, share_of.get(term.name, 1.0)) for term in terms]
 
     def _finite_everywhere(self, terms: list[Term]) -> bool:
         """Whether the terms are finite on every process: all must skip together."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_semi import compat
-from nnunetv2_semi.data.atomic_files import whole_file
+from nnunetv2_semi.data.atomic_files import remove_unfinished, whole_file
 from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
 from nnunetv2_semi.data.labelled_checks import check_preprocessed
 from nnunetv2_semi.distributed import on_first_process
@@ -62,6 +62,8 @@ class nnUNetTrainerSemiStock(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         on_first_process(lambda: batches.check_labelled(self))
+        if self.local_rank == 0:
+            remove_unfinished(self.output_folder, "checkpoint_")
         super().on_train_start()
 
     def run_training(self) -> None:

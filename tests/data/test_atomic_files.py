@@ -1,10 +1,17 @@
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from nnunetv2_semi.data.atomic_files import read_json_object, whole_file, whole_folder, write_json_whole
+from nnunetv2_semi.data.atomic_files import (
+    read_json_object,
+    remove_unfinished,
+    whole_file,
+    whole_folder,
+    write_json_whole,
+)
 
 
 def test_the_older_file_stands_until_the_new_one_is_whole(tmp_path):
@@ -46,6 +53,27 @@ def test_missing_folders_are_made_and_a_bare_name_is_in_the_working_folder(tmp_p
         with whole_file(path) as unfinished, open(unfinished, "w") as file:
             file.write(path)
         assert (tmp_path / path).read_text() == path
+
+
+def test_what_a_killed_process_left_can_be_removed_and_nothing_else(tmp_path):
+    block = whole_file(tmp_path / "checkpoint_latest.pth")
+    left = Path(block.__enter__())
+    kept = ["checkpoint_latest.pth", ".checkpoint_latest.pth.bak", f"checkpoint_best.pth.{left.suffix[1:]}",
+            f".plans.json.{left.suffix[1:]}"]
+    for name in (left.name, *kept):
+        (tmp_path / name).write_text("half")
+    remove_unfinished(str(tmp_path), "checkpoint_")
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path):
+    with mock.patch.multiple(os, fsync=mock.DEFAULT, replace=mock.DEFAULT) as calls:
+        order = mock.Mock()
+        for name, call in calls.items():
+            order.attach_mock(call, name)
+        with whole_file(tmp_path / "file") as unfinished:
+            Path(unfinished).write_text("whole")
+    assert [name for name, *_ in order.mock_calls] == ["fsync", "replace"]
 
 
 def test_two_at_a_time_do_not_write_into_each_other(tmp_path):

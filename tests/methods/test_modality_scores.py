@@ -46,7 +46,7 @@ def test_dice_is_that_of_decayed_sums_of_counts(regions, ignore_label):
     for seed in range(3):
         outputs, target = step(seed, regions, ignore_label)
         for name, output in outputs.items():
-            scores.count(name, output, target, Rows())
+            scores.count(name, output, target, Rows(2))
             naive[name] = DECAY * naive[name] + counted_voxel_by_voxel(output, target, regions, ignore_label)
         scores.after_step()
     expected = []
@@ -62,8 +62,8 @@ def test_the_finest_scale_counts_with_deep_supervision():
     plain, deep = scores_of(), scores_of()
     outputs, target = step(0)
     for name, output in outputs.items():
-        plain.count(name, output, target, Rows())
-        deep.count(name, [output, output[..., ::2, ::2]], [target, target[..., ::2, ::2]], Rows())
+        plain.count(name, output, target, Rows(2))
+        deep.count(name, [output, output[..., ::2, ::2]], [target, target[..., ::2, ::2]], Rows(2))
     plain.after_step()
     deep.after_step()
     assert torch.equal(plain.counts, deep.counts)
@@ -74,7 +74,7 @@ def test_a_step_without_a_patch_of_a_modality_says_nothing_of_it():
     scores = scores_of()
     outputs, target = step(0)
     for name, output in outputs.items():
-        scores.count(name, output, target, Rows.where(torch.tensor([False, False])) if name == "T2" else Rows())
+        scores.count(name, output, target, Rows.where(torch.tensor([False, False])) if name == "T2" else Rows(2))
     scores.after_step()
     dice = scores.dice()
     assert dice[1] == 0 and dice[0] > 0 and dice[2] > 0
@@ -92,7 +92,7 @@ def test_scores_change_at_the_end_of_an_epoch_alone():
     _, target = step(0)
     truth = torch.nn.functional.one_hot(target[:, 0], 3).movedim(-1, 1).float()
     for name in NAMES:
-        scores.count(name, truth if name == "CT" else 1 - truth, target, Rows())
+        scores.count(name, truth if name == "CT" else 1 - truth, target, Rows(2))
     scores.after_step()
     assert scores.best == "T1" and scores.dice().tolist() == pytest.approx([0.0, 0.0, 1.0])
     scores.choose()
@@ -104,7 +104,7 @@ def test_state_goes_into_a_checkpoint_and_out_again():
     for seed in range(2):
         outputs, target = step(seed)
         for name, output in outputs.items():
-            scores["scores"].count(name, output, target, Rows())
+            scores["scores"].count(name, output, target, Rows(2))
         scores["scores"].after_step()
     scores["scores"].best = "T2"
     other.load_state_dict(scores.state_dict())
@@ -113,7 +113,7 @@ def test_state_goes_into_a_checkpoint_and_out_again():
     outputs, target = step(9)
     for each in (scores["scores"], other["scores"]):
         for name, output in outputs.items():
-            each.count(name, output, target, Rows())
+            each.count(name, output, target, Rows(2))
         each.after_step()
     assert torch.equal(other["scores"].counts, scores["scores"].counts)
 
@@ -122,6 +122,6 @@ def test_counting_keeps_no_graph():
     scores = scores_of()
     outputs, target = step(0)
     for name, output in outputs.items():
-        scores.count(name, output.requires_grad_(), target, Rows())
+        scores.count(name, output.requires_grad_(), target, Rows(2))
     scores.after_step()
     assert not scores.counts.requires_grad

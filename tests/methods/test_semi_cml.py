@@ -169,8 +169,8 @@ def test_the_better_modality_on_labelled_training_patches_teaches(small):
     batch = small.batch()
     with torch.no_grad():  # m1 answers with the truth, m0 with the wrong class everywhere
         truth = torch.nn.functional.one_hot(batch.target[:, 0].long(), 3).movedim(-1, 1).float() * 9
-    method.scores.count("m0", truth.roll(1, 1), batch.target, Rows())
-    method.scores.count("m1", truth, batch.target, Rows())
+    method.scores.count("m0", truth.roll(1, 1), batch.target, Rows(2))
+    method.scores.count("m1", truth, batch.target, Rows(2))
     method.after_step()
     method.after_epoch()
     assert method.better_modality() == "m1"

@@ -13,7 +13,10 @@ HERE = Path(__file__).parent
 
 
 def steps(rank: int, world: int, folder: Path, kind: str) -> None:
-    """A few steps of a method on fixed batches, of which each process has its share."""
+    """A few steps of a method on fixed batches, of which each process has its share.
+
+    Of a kind that ends in "_missing" one labelled and another unlabelled patch lack a modality.
+    """
     from nnunetv2_semi.methods import synfoc
     from nnunetv2_semi.methods.base import Batch
     from nnunetv2_semi.methods.fusion import Fusion, FusionSettings
@@ -30,6 +33,7 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
     # each process draws its own views
     as_it_is = {"cutmix": 0.0, "view_noise": 0.0, "view_scale": 0.0, "view_shift": 0.0, "view_gamma": 0.0}
     torch.manual_seed(1)
+    kind, missing, _ = kind.partition("_missing")
     if kind == "SemiCML":
         names = {"m0": [0], "m1": [1]}
         student = ModalityBranches({n: small_network(1, 3) for n in names}, names, False)
@@ -61,11 +65,12 @@ def steps(rank: int, world: int, folder: Path, kind: str) -> None:
         if kind == "nan" and number == 1 and rank == world - 1:
             batch.unlabelled[-1].fill_(float("nan"))
         share = slice(rank * 2 // world, (rank + 1) * 2 // world)
-        own = Batch(batch.labelled[share], batch.target[share], batch.unlabelled[share])
+        present = [torch.tensor(rows)[share] for rows in ([[True, True], [True, False]], [[False, True], [True, True]])]
+        own = Batch(batch.labelled[share], batch.target[share], batch.unlabelled[share], *(present if missing else []))
         _, values = step.run(own, number, progress)
         skipped.append(values["skipped_steps"])
     method.after_epoch()
-    torch.save({"state": method.state_dict(), "skipped": skipped}, folder / f"{kind}_{world}_{rank}.pt")
+    torch.save({"state": method.state_dict(), "skipped": skipped}, folder / f"{kind}{missing}_{world}_{rank}.pt")
 
 
 def uneven(rank: int, world: int, folder: Path, kind: str) -> None:
@@ -95,8 +100,8 @@ def absent(rank: int, world: int, folder: Path, kind: str) -> None:
     torch.manual_seed(4)
     method = Method(small.small_network(2, 3), Settings(), small.with_batch_dice(small.context(), world > 1))
     batch = small.random_batch(count=1, seed=rank)
-    term = method.supervised(method.student(batch.labelled), batch.target, applies=rank == 0)
-    (term.applies * term.value).backward()
+    term = method.supervised(method.student(batch.labelled), batch.target, patches=1 - rank)
+    (term.patches * term.value).backward()
     gradient = torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None])
     torch.save({"value": term.value.detach(), "gradient": gradient}, folder / f"{kind}_{world}_{rank}.pt")
 

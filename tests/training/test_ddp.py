@@ -8,7 +8,8 @@ import torch
 
 pytestmark = pytest.mark.e2e
 
-METHODS = ["MeanTeacher", "SemiCML", "RCPS", "Mix", "batch_dice", "Fusion", "SynFoC"]
+METHODS = ["MeanTeacher", "SemiCML", "RCPS", "Mix", "batch_dice", "Fusion", "SynFoC", "SemiCML_missing",
+           "Fusion_missing"]
 TRAINERS = ["CML", "Mix"]
 
 

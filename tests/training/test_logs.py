@@ -32,7 +32,7 @@ def test_numbers_and_scalar_tensors_become_numbers_in_their_order():
 
 def test_terms_that_apply_are_logged_with_the_weights_of_the_unlabelled_ones():
     terms = [Term("supervised", torch.tensor(1.0), supervised=True), Term("asc", torch.tensor(2.0), 0.1),
-             Term("absent", torch.tensor(3.0), 0.2, applies=False)]
+             Term("absent", torch.tensor(3.0), 0.2, patches=0)]
     assert values_of_terms(terms) == {"loss_supervised": 1.0, "loss_asc": 2.0, "weight_asc": 0.1}
 
 

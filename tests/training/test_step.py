@@ -118,7 +118,7 @@ def test_an_unlabelled_term_that_is_not_finite_is_left_out_with_those_of_its_gro
     assert len(terms) == 4, "terms that are left out are logged all the same"
 
 
-@pytest.mark.parametrize("further", [{"weight": 0.0}, {"applies": False}], ids=str)
+@pytest.mark.parametrize("further", [{"weight": 0.0}, {"patches": 0}], ids=str)
 def test_a_term_that_counts_for_nothing_may_be_anything(further):
     moved, (_, values) = moved_by(Written([[SUPERVISED, CONSISTENCY, bad(float("nan"), **further)]]))
     assert_alike(moved, gradient_of(SUPERVISED, CONSISTENCY))
@@ -127,7 +127,7 @@ def test_a_term_that_counts_for_nothing_may_be_anything(further):
 
 def test_a_supervised_term_that_does_not_apply_counts_for_nothing_and_keeps_gradients():
     moved, _ = moved_by(Written([[CONSISTENCY, ("supervised", SUPERVISED[1], 1.0,
-                                                {"supervised": True, "applies": False})]]))
+                                                {"supervised": True, "patches": 0})]]))
     assert_alike(moved, gradient_of(CONSISTENCY))
 
 
