@@ -17,7 +17,7 @@ NNUNET_FOLDS = 5
 
 
 def prepare_split(trainer: nnUNetTrainer) -> None:
-    """Check the fold's part of splits_final.json, see `check_splits`, or write the file for few cases.
+    """Check the fold's part of splits_final.json, see `check_splits`, or write the file, whole, where there is none.
 
     Raises:
         UserError: see `check_splits`; a fold that few cases do not make; labelled cases of which a split cannot be made
@@ -29,7 +29,7 @@ def prepare_split(trainer: nnUNetTrainer) -> None:
     if not os.path.isfile(path):
         # Its folds are made of whatever is preprocessed: what a killed preprocessing left would be trained on for good.
         batches.check_labelled(trainer)
-        _write_small_split(trainer, path)
+        _write_split(trainer, path)
         return
     splits, folder = read_splits(path), trainer.preprocessed_dataset_folder
     if trainer.fold < len(splits):
@@ -49,14 +49,17 @@ def name_cases_left_out(trainer: nnUNetTrainer) -> None:
                 f"case(s): {shown(left_out)}. If that is not meant, add them there, or remove the file.")
 
 
-def _write_small_split(trainer: nnUNetTrainer, path: str) -> None:
-    """With fewer than five labelled cases nnU-Net's five folds cannot be made: make as many as there are cases."""
+def _write_split(trainer: nnUNetTrainer, path: str) -> None:
+    """nnU-Net's five folds; of fewer than five labelled cases, as many as there are cases.
+
+    nnU-Net itself writes its five in each process, in place, where another may read half of them.
+    """
     folder = trainer.preprocessed_dataset_folder
     cases = infer_dataset_class(folder).get_identifiers(folder)
-    if len(cases) >= NNUNET_FOLDS:
-        return
-    if len(cases) < 2 or trainer.fold >= len(cases):
-        raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
-                        f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
-    trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to {path}.")
-    write_json_whole(path, compat.crossval_split(cases, len(cases)))
+    if len(cases) < NNUNET_FOLDS:
+        if len(cases) < 2 or trainer.fold >= len(cases):
+            raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
+                            f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
+        trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to "
+                                  f"{path}.")
+    write_json_whole(path, compat.crossval_split(cases, min(len(cases), NNUNET_FOLDS)))

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.training import batches
+from nnunetv2_semi.training import batches, splits
 
 TRAINERS = ["nnUNetTrainerSemiMeanTeacher", "nnUNetTrainerSemiStock"]
 
@@ -18,10 +20,10 @@ def cases_of(workspace):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_split_that_cannot_be_used_is_refused(tools, workspace, name):
     first, second, third = cases_of(workspace)
-    splits = [{"train": [first, "gone"], "val": [first]}, {"train": [first, second], "val": [third]},
-              {"train": [first], "val": []}]
+    folds = [{"train": [first, "gone"], "val": [first]}, {"train": [first, second], "val": [third]},
+             {"train": [first], "val": []}]
     file = tools.plans_path(workspace).parent / "splits_final.json"
-    file.write_text(json.dumps(splits))
+    file.write_text(json.dumps(folds))
     with pytest.raises(UserError) as raised:
         tools.trainer(workspace, name, fold=0).do_split()
     assert str(raised.value).startswith(f"{file} cannot be used: fold 0 names cases that are not in ")
@@ -70,17 +72,43 @@ def test_no_split_is_made_of_what_a_killed_preprocessing_left(tools, workspace, 
     for path in workspace.glob(f"nnUNet_preprocessed/*/*/{left_out}*"):
         if "gt_segmentations" not in path.parts:
             path.unlink()
-    splits = tools.plans_path(workspace).parent / "splits_final.json"
-    splits.unlink(missing_ok=True)
+    file = tools.plans_path(workspace).parent / "splits_final.json"
+    file.unlink(missing_ok=True)
     with pytest.raises(UserError, match=rf"{left_out} \(labelled in the raw data set, but not preprocessed\)"):
         tools.trainer(workspace, name).run_training()
-    assert not splits.exists()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("number", [5, 12])
+def test_five_folds_are_those_that_nnunet_itself_makes(tmp_path, monkeypatch, number):
+    class Cases:
+        def __init__(self, *_, **__):
+            self.identifiers = Cases.get_identifiers()
+
+        @staticmethod
+        def get_identifiers(*_):
+            return [f"case_{index:02d}" for index in reversed(range(number))]
+
+    def trainer(folder):
+        return SimpleNamespace(fold=1, dataset_class=Cases, preprocessed_dataset_folder=str(tmp_path),
+                               preprocessed_dataset_folder_base=str(folder), print_to_log_file=print,
+                               folder_with_segs_from_previous_stage=None)
+
+    monkeypatch.setattr(splits, "infer_dataset_class", lambda folder: Cases)
+    monkeypatch.setattr(batches, "check_labelled", lambda trainer: None)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()
+    splits.prepare_split(trainer(ours))
+    of_nnunet = nnUNetTrainer.do_split(trainer(theirs))
+    written, expected = (json.loads((folder / "splits_final.json").read_text()) for folder in (ours, theirs))
+    assert written == expected and len(written) == 5
+    assert tuple(map(list, of_nnunet)) == tuple(map(list, nnUNetTrainer.do_split(trainer(ours))))
 
 
 def test_cases_that_a_fold_leaves_out_are_named_in_the_log(tools, workspace):
     first, second, third = cases_of(workspace)
-    splits = tools.plans_path(workspace).parent / "splits_final.json"
-    splits.write_text(json.dumps([{"train": [first], "val": [second]}, {"train": [first, third], "val": [second]}]))
+    file = tools.plans_path(workspace).parent / "splits_final.json"
+    file.write_text(json.dumps([{"train": [first], "val": [second]}, {"train": [first, third], "val": [second]}]))
 
     def logged(fold):
         trainer = tools.trainer(workspace, TRAINERS[0], fold=fold)
@@ -89,5 +117,5 @@ def test_cases_that_a_fold_leaves_out_are_named_in_the_log(tools, workspace):
             stream.close()
         return "".join(file.read_text() for file in Path(trainer.output_folder).glob("training_log_*"))
 
-    assert f"fold 0 of {splits} neither trains nor validates 1 labelled case(s): {third}." in logged(0)
+    assert f"fold 0 of {file} neither trains nor validates 1 labelled case(s): {third}." in logged(0)
     assert "neither trains" not in logged(1) + logged("all")
