@@ -48,8 +48,9 @@ def main() -> None:
 
 
 def _differences(measures: Path) -> pd.DataFrame:
+    """A study's rows, of each number of labelled cases the largest difference first."""
     rows = rows_of_metric(summarise(pd.read_csv(measures)))
-    rows = rows[rows.role == "method"]
+    rows = rows[rows.role == "method"].sort_values(["labelled", "difference"], ascending=[True, False])
     rows = rows.assign(method=rows.method.replace(NAMES))
     if rows.labelled.nunique() > 1:
         named = zip(rows.method, rows.labelled, strict=True)
