@@ -82,10 +82,9 @@ class TrainingStep:
 
     def _with_shares(self, terms: list[Term]) -> list[tuple[Term, torch.Tensor | float]]:
         """The terms, each with what it is multiplied by so that each patch of all processes counts alike."""
-        counted = [term for term in terms if term.patches is not None]
-        shares = shares_of_patches([term.patches or 0 for term in counted], self.device) if counted else []
-        share_of = {term.name: share for term, share in zip(counted, shares, strict=True)}
-        return [(term, share_of.get(term.name, 1.0)) for term in terms]
+        numbers = [term.patches for term in terms if term.patches is not None]
+        shares = iter(shares_of_patches(numbers, self.device) if numbers else [])
+        return [(term, 1.0 if term.patches is None else next(shares)) for term in terms]
 
     def _finite_everywhere(self, terms: list[Term]) -> bool:
         """Whether the terms are finite on every process: all must skip together."""
