@@ -141,9 +141,9 @@ class Distillation(Method):
 
     def _rows(self, image: torch.Tensor, present: torch.Tensor | None) -> Rows:
         """The patches (B, C, *spatial) of cases that have what the student sees; present: bool (B, modalities)."""
-        if self.settings.modality is None or present is None:
+        if self.settings.modality is None:
             return Rows(len(image))
-        return Rows.where(present[:, list(self.context.modalities).index(self.settings.modality)])
+        return Rows.with_modality(present, list(self.context.modalities).index(self.settings.modality), len(image))
 
     def _terms(self, kind: str, output: Logits, teacher: torch.Tensor, rows: Rows) -> list[Term]:
         """Of the patches of one kind. output: the student's. teacher: logits (B, K, *spatial)."""

@@ -186,7 +186,7 @@ class Fusion(Method):
         labels, known = known_labels(all_scales(target)[0], self.context.regions, self.context.ignore_label)
         terms = []
         for index, (name, logits) in enumerate(zip(self.student.core.names, each, strict=True)):
-            rows = Rows(len(logits)) if present is None else Rows.where(present[:, index])
+            rows = Rows.with_modality(present, index, len(logits))
             value = self.context.weighted_loss(rows.of(logits), rows.of(labels), rows.of(known) & (not rows.empty))
             terms.append(Term(f"supervised_{name}", value, self.settings.modality_weight, supervised=True,
                               patches=rows.number))

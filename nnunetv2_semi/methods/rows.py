@@ -32,6 +32,11 @@ class Rows:
         index = applies.nonzero()[:, 0]
         return cls(len(index), index if 0 < len(index) < len(applies) else None)
 
+    @classmethod
+    def with_modality(cls, present: torch.Tensor | None, index: int, patches: int) -> Rows:
+        """Of so many patches those whose cases have modality ``index``; present: bool (B, modalities), None: all."""
+        return cls(patches) if present is None else cls.where(present[:, index])
+
     @property
     def empty(self) -> bool:
         """Whether there is no such patch."""

@@ -112,9 +112,8 @@ class SemiCML(Method):
 
     def _labelled_rows(self, batch: Batch) -> dict[str, Rows]:
         """The labelled patches that each modality learns from: those that have it."""
-        if batch.labelled_present is None:
-            return {name: Rows(len(batch.labelled)) for name in self.names}
-        return {name: Rows.where(has) for name, has in zip(self.names, batch.labelled_present.T, strict=True)}
+        return {name: Rows.with_modality(batch.labelled_present, index, len(batch.labelled))
+                for index, name in enumerate(self.names)}
 
     # after a step
 
