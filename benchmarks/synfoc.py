@@ -26,7 +26,7 @@ _NNUNET = {"foundation": "nnunet"}
 _SAM = {"foundation": "sam", "weights": "random", "image_size": IMAGE_SIZE}
 VARIANTS = {
     STOCK: Variant(None), "FixMatch": Variant(FixMatch),
-    "Mix": Variant(Mix, {"Mix": {"start": 0.0, "largest_component": False}}),
+    "Mix, islands kept": Variant(Mix, {"Mix": {"start": 0.0, "largest_component": False}}),
     **{f"SynFoC, {name}": Variant(SynFoC, {"SynFoC": settings}) for name, settings in (
         ("conventional model alone", {"models": "conventional"}),
         ("nnU-Net as foundation model alone", {**_NNUNET, **_ALONE}),

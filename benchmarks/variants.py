@@ -34,10 +34,9 @@ def _semi_cml(arrangement: str, **settings: object) -> Variant:
 
 VARIANTS = {STOCK: Variant(None), "Supervised": Variant(Supervised)}
 for _arrangement in ("sequential", "one_pass"):
-    VARIANTS[f"Mix, {_arrangement}"] = Variant(Mix, {
-        "arrangement": _arrangement, "Mix": {"start": 0.0, "largest_component": False}})
-    VARIANTS[f"Mix without islands, {_arrangement}"] = Variant(Mix, {
-        "arrangement": _arrangement, "Mix": {"start": 0.0, "largest_component": True}})
+    for _title, _searched in (("Mix", True), ("Mix, islands kept", False)):
+        VARIANTS[f"{_title}, {_arrangement}"] = Variant(Mix, {
+            "arrangement": _arrangement, "Mix": {"start": 0.0, "largest_component": _searched}})
     VARIANTS[f"FixMatch, {_arrangement}"] = Variant(FixMatch, {"arrangement": _arrangement})
     VARIANTS[f"CPS, {_arrangement}"] = Variant(CPS, {"arrangement": _arrangement})
     VARIANTS[f"BCP, {_arrangement}"] = Variant(BCP, {

@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", action="store_true", help=f"leave data and models in {KEPT_FOLDER} in that folder (default: removed)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom's random numbers (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the phantom and of the trainings (default: 0)")
     parser.add_argument(
         "--trainers", nargs="+", default=["Mix"], choices=[title for title in ENTRIES if title != CONTROL],
         help="beside the control (default: Mix)",

@@ -21,7 +21,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.losses.predictions import Logits, agreement, all_scales
+from nnunetv2_semi.losses.hard_labels import voxel_cross_entropy
+from nnunetv2_semi.losses.predictions import Logits, agreement, all_scales, full_resolution
 from nnunetv2_semi.methods.arrangement import Images
 from nnunetv2_semi.methods.contract import Batch, Context, Target, Term
 from nnunetv2_semi.methods.optimization import Optimization
@@ -144,6 +145,16 @@ class Method(nn.Module):
         finest = all_scales(output)[0]
         nothing = finest.new_zeros((len(finest), finest.shape[1] if self.context.regions else 1, *finest.shape[2:]))
         return self.context.weighted_loss(output, nothing, nothing)
+
+    def pseudo_label_loss(self, output: Logits, labels: torch.Tensor, counted: torch.Tensor, kind: str) -> torch.Tensor:
+        """Loss of ``output`` to hard labels, each with the weight in ``counted``, both in the layout of targets.
+
+        kind: ``"dice_ce"``, nnU-Net's Dice and cross-entropy at all outputs over the voxels that count; ``"ce"``,
+        cross-entropy of the full-resolution output, mean over all voxels.
+        """
+        if kind == "dice_ce":
+            return self.context.weighted_loss(output, labels, counted)
+        return (voxel_cross_entropy(full_resolution(output), labels, self.context.regions) * counted).mean()
 
     def unlabelled_weight(self, weight: float, ramp_fraction: float = 0.0) -> float:
         """``weight`` times the common unlabelled weight, ramped up over the first ``ramp_fraction`` of training."""

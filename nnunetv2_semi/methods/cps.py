@@ -13,8 +13,8 @@ import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
-from nnunetv2_semi.losses.hard_labels import hard_labels, voxel_cross_entropy
-from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
+from nnunetv2_semi.losses.hard_labels import hard_labels
+from nnunetv2_semi.losses.predictions import Logits, probabilities
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Context, Term
 from nnunetv2_semi.methods.perturbation import PerturbationSettings, perturbed
@@ -107,10 +107,8 @@ class CPS(Method):
     def _term(self, name: str, output: Logits, other: torch.Tensor) -> Term:
         """Loss of a network's ``output`` to what the ``other`` one's probabilities decide."""
         labels, confidence = hard_labels(other, self.context.regions)
-        if self.settings.cps_loss == "dice_ce":
-            value = self.context.weighted_loss(output, labels, torch.ones_like(confidence, dtype=torch.bool))
-        else:
-            value = voxel_cross_entropy(full_resolution(output), labels, self.context.regions).mean()
+        everywhere = torch.ones_like(confidence, dtype=torch.bool)
+        value = self.pseudo_label_loss(output, labels, everywhere, self.settings.cps_loss)
         return Term(name, value, self.unlabelled_weight(self.settings.cps_weight, self.settings.ramp_fraction))
 
     def parts(self) -> dict[str, nn.Module]:

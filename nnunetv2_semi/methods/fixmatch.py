@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 
 from nnunetv2_semi.data.boxes import Boxes
-from nnunetv2_semi.losses.hard_labels import hard_labels, voxel_cross_entropy
-from nnunetv2_semi.losses.predictions import Logits, full_resolution, probabilities
+from nnunetv2_semi.losses.hard_labels import hard_labels
+from nnunetv2_semi.losses.predictions import probabilities
 from nnunetv2_semi.methods.base import Method
 from nnunetv2_semi.methods.contract import Batch, Term
 from nnunetv2_semi.methods.mixing import CutMix
@@ -76,14 +76,8 @@ class FixMatch(Method):
         output = next(passes)
         self.metrics["unlabelled_voxels_used"] = confident.float().mean()
         self.note_agreement(weak, probabilities(output, regions))
-        yield [Term("pseudo_label", self._pseudo_loss(output, labels, confident),
+        yield [Term("pseudo_label", self.pseudo_label_loss(output, labels, confident, settings.pseudo_loss),
                     self.unlabelled_weight(settings.pseudo_weight, settings.ramp_fraction))]
-
-    def _pseudo_loss(self, output: Logits, labels: torch.Tensor, confident: torch.Tensor) -> torch.Tensor:
-        if self.settings.pseudo_loss == "dice_ce":
-            return self.context.weighted_loss(output, labels, confident)
-        # the paper's mean is over all voxels
-        return (voxel_cross_entropy(full_resolution(output), labels, self.context.regions) * confident).mean()
 
     def _strong(self, image: torch.Tensor) -> tuple[torch.Tensor, CutMix]:
         """The strong view of ``image`` (B, C, *spatial), and its mixing; voxels that are cut out have their channel's

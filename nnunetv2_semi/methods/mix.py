@@ -40,6 +40,11 @@ class MixSettings(PerturbationSettings, SupervisedSettings):
 
     labelled_mixing: float = changed(SupervisedSettings, "labelled_mixing", 1.0)
     pseudo_weight: float = setting(1.0, "of nnU-Net's loss on pseudo-labels", at_least=0)
+    pseudo_loss: Literal["dice_ce", "ce"] = setting(
+        "dice_ce",
+        "nnU-Net's Dice and cross-entropy at all outputs over the voxels that count, or cross-entropy of the "
+        "full-resolution output, mean over all voxels",
+    )
     start: float = setting(0.05, "share of training on labels alone", at_least=0, at_most=1)
     ramp_fraction: float = setting(0.2, "share of training at which that weight is full", at_least=0)
     voxels: Literal["confident", "class", "weighted", "all"] = setting(
@@ -122,7 +127,9 @@ class Mix(Method):
             yield [self.supervised(next(passes), targets[1], "labelled_mixing", settings.labelled_mixing,
                                    patches=number_mixed(batch.labelled))]
         if weight > 0:
-            yield [Term("pseudo_label", self.context.weighted_loss(next(passes), *pseudo_labelled()[1:]), weight)]
+            output = next(passes)
+            value = self.pseudo_label_loss(output, *pseudo_labelled()[1:], self.settings.pseudo_loss)
+            yield [Term("pseudo_label", value, weight)]
 
     def _weight(self) -> float:
         settings = self.settings

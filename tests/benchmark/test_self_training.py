@@ -383,6 +383,18 @@ def test_fine_tuning_begins_with_all_of_the_student_and_another_student_is_refus
         begin_fine_tuning(student, model, {"plans_name": "P"}, {})
 
 
+def test_the_page_tells_the_defaults_of_the_command() -> None:
+    parser = argparse.ArgumentParser()
+    self_training.add_arguments(parser)
+    page = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `--([a-z-]+)` \| (\S+) \|", page, re.MULTILINE))
+    options = parser.parse_args(["-d", "7"])
+    assert options.keep == 0.9
+    assert told == {"keep": f"{options.keep:g}", "snapshots": str(options.snapshots),
+                    "teachers": str(options.teachers), "finetune": f"{options.finetune:g}",
+                    "rounds": str(options.rounds), "ignore-unstable": "on" if options.ignore_unstable else "off"}
+
+
 @pytest.mark.parametrize("change, message", [
     (["-d", "9"], "Could not find a dataset with the ID 9"),
     (["-p", "nnUNetPlans"], "There is no .*nnUNetPlans.json"),

@@ -119,8 +119,14 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
         image, labels = views.of(image), views.of(labels, "nearest")
     output = method.student(image)
     labels = torch.where(weight > 0, labels, 0)
-    expected["pseudo_label"] = naive_weighted_dice_ce(output if deep else [output], labels, weight, context.regions,
-                                                      context.scale_weights)
+    if settings.pseudo_loss == "ce":
+        z = output[0] if deep else output
+        p = z.sigmoid() if context.regions else z.softmax(1)
+        right = torch.where(labels == 1, p, 1 - p) if context.regions else p.gather(1, labels)
+        expected["pseudo_label"] = -(weight * right.log()).mean()
+    else:
+        expected["pseudo_label"] = naive_weighted_dice_ce(output if deep else [output], labels, weight,
+                                                          context.regions, context.scale_weights)
     return expected, used
 
 
@@ -128,7 +134,7 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
     {}, {"voxels": "class"}, {"voxels": "weighted"}, {"voxels": "all"}, {"partner": "labelled"}, {"partner": "both"},
     {"spatial_view": "flips"}, {"spatial_view": "affine"},
     {"labelled_mixing": 0.0}, {"labelled_mixing": 0.5, "labelled_box": 0.75},
-    {"pseudo_weight": 2.0, "cutmix": 0.0},
+    {"pseudo_weight": 2.0, "cutmix": 0.0}, {"pseudo_loss": "ce"}, {"pseudo_loss": "ce", "voxels": "weighted"},
     {"partner": "both", "spatial_view": "flips", "voxels": "weighted"}])
 @pytest.mark.parametrize("kinds", [{}, {"regions": True}, {"ignore_label": 3},
                                    {"regions": True, "ignore_label": 3, "deep_supervision": True}])
