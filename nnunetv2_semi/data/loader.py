@@ -45,8 +45,8 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         transforms: nnU-Net's training transforms; None for none.
         mask_needed: give the transforms the mask of the non-zero region (-1 outside) as segmentation.
         foreground: of some cases, voxels that a network takes for foreground, by label, as rows (0, z, y, x).
-        foreground_share: of the patches, on average, that are centred on such a voxel of their case, as nnU-Net centres
-            some of the labelled patches; where none is known for a case, its patch is a random one.
+        foreground_share: of the patches, on average, that are of a case with such voxels and centred on one, as nnU-Net
+            centres some of the labelled patches; while no case has any, all are at random positions.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class UnlabelledPatchLoader(nnUNetDataLoader):
         keys = [str(key) for key in self.get_indices()]
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             on_foreground = self._number_on_foreground(len(keys))
-            # the last ones, as nnU-Net's
+            known = [case for case in self._data.identifiers if self.foreground.get(case)] if on_foreground else []
+            if known:  # the last ones, as nnU-Net's
+                keys[-on_foreground:] = map(str, np.random.choice(known, on_foreground))
             patches = [self._patch(key, number >= len(keys) - on_foreground) for number, key in enumerate(keys)]
             return {"data": torch.stack(patches), "keys": keys}
 

@@ -62,8 +62,8 @@ class Settings(BaseModel):
     unlabelled_foreground: float = setting(
         0.0,
         "share of unlabelled patches that are centred on predicted foreground, as nnU-Net centres about a third of "
-        "the labelled ones (of two, one); after 10, 30 and 60 % of training the network predicts some unlabelled "
-        "cases to find it",
+        "the labelled ones (of two, one); after 10, 30 and 60 % of training the network predicts parts of unlabelled "
+        "cases to find it, and such patches are drawn from the cases in which it did",
         at_least=0, at_most=1,
     )
     unlabelled_weight: float = setting(

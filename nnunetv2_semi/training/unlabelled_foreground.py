@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -35,53 +35,72 @@ def is_due(epoch: int, num_epochs: int) -> bool:
     return epoch > 0 and epoch in {math.ceil(num_epochs * point) for point in _REFRESHED_AT}
 
 
-def cases_to_predict(shapes: Mapping[str, Sequence[int]], patch_size: Sequence[int], training_patches: int,
-                     seed: int) -> list[str]:
-    """As many cases as the cost allows, at least one, drawn by the seed.
+class Window(NamedTuple):
+    """A part of a case, as large as a patch where the case is. lower, upper: its voxels along each axis."""
+
+    case: str
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+
+
+def windows_to_predict(shapes: Mapping[str, Sequence[int]], patch_size: Sequence[int], training_patches: int,
+                       seed: int) -> list[Window]:
+    """As many windows as the cost allows, at least one, drawn by the seed from those that cover all cases.
 
     Args:
         shapes: spatial shape of each case, voxels.
-        patch_size: voxels; of two axes, slices along the first axis of a case are predicted.
+        patch_size: voxels; of two axes, windows are in slices along the first axis of a case.
         training_patches: unlabelled patches of the whole training.
         seed: of the choice.
     """
-    names, windows = sorted(shapes), 0
-    chosen: list[str] = []
-    for number in np.random.default_rng(seed).permutation(len(names)):
-        shape = shapes[names[number]]
-        whole = [*[1] * (len(shape) - len(patch_size)), *patch_size]
-        windows += math.prod(math.ceil(size / side) for size, side in zip(shape, whole, strict=True))
-        if chosen and windows > _COST * training_patches:
-            break
-        chosen.append(names[number])
-    return chosen
+    names = sorted(shapes)
+    sides = {name: [*[1] * (len(shapes[name]) - len(patch_size)), *patch_size] for name in names}
+    grids = [[math.ceil(size / side) for size, side in zip(shapes[name], sides[name], strict=True)] for name in names]
+    ends = np.cumsum([math.prod(grid) for grid in grids])
+    allowed = max(int(_COST * training_patches), 1)
+    chosen = np.random.default_rng(seed).choice(ends[-1], min(allowed, ends[-1]), replace=False)
+    windows = []
+    for number in sorted(chosen):
+        of = int(np.searchsorted(ends, number, side="right"))
+        place = np.unravel_index(ends[of] - 1 - number, grids[of])
+        extents = list(zip(place, grids[of], shapes[names[of]], sides[names[of]], strict=True))
+        lower = tuple(round(step * (size - side) / max(count - 1, 1)) for step, count, size, side in extents)
+        upper = tuple(min(first + side, size) for first, (_, _, size, side) in zip(lower, extents, strict=True))
+        windows.append(Window(names[of], lower, upper))
+    return windows
 
 
-def find_foreground(cases: Sequence[str], dataset: nnUNetBaseDataset, predict: Callable[[torch.Tensor], torch.Tensor],
-                    regions: bool, seed: int) -> ForegroundVoxels:
-    """Foreground voxels of each case, at most 200 of each label, drawn by the seed.
+def find_foreground(windows: Sequence[Window], dataset: nnUNetBaseDataset,
+                    predict: Callable[[torch.Tensor], torch.Tensor], regions: bool, seed: int) -> ForegroundVoxels:
+    """Foreground voxels of each case in the windows, at most 200 of each label, drawn by the seed.
 
-    Processes of one training share the cases; each gets what all have found.
+    Processes of one training share the windows; each gets what all have found.
 
     Args:
-        cases: names.
+        windows: parts of cases.
         dataset: of the preprocessed cases.
         predict: image (C, *spatial) -> logits (K, *spatial), both float.
         regions: region-based labels.
         seed: of the choice of voxels.
     """
-    def found(case: str) -> dict[int, np.ndarray]:
-        image = torch.from_numpy(np.asarray(dataset.load_case(case)[0][:])).float()
-        logits = predict(image).float()[None]
-        generator, voxels = np.random.default_rng([seed, *case.encode()]), {}
-        masks = hard_foreground(logits.sigmoid() if regions else logits, regions)[0]
-        for label, mask in enumerate(masks.cpu().numpy()):
-            inside = np.argwhere(mask)
-            if len(inside):
-                drawn = generator.choice(len(inside), min(len(inside), _VOXELS_PER_LABEL), replace=False)
-                voxels[label] = np.pad(inside[drawn], ((0, 0), (1, 0)))
-        return voxels
-    return shared_out(cases, found)
+    def drawn(voxels: np.ndarray, *entropy: int) -> np.ndarray:
+        number = min(len(voxels), _VOXELS_PER_LABEL)
+        return np.random.default_rng([seed, *entropy]).choice(voxels, number, replace=False)
+
+    def found(window: Window) -> dict[int, np.ndarray]:
+        inside = tuple(slice(*ends) for ends in zip(window.lower, window.upper, strict=True))
+        image = dataset.load_case(window.case)[0][(slice(None), *inside)]
+        logits = predict(torch.from_numpy(np.asarray(image)).float()).float()[None]
+        masks = hard_foreground(logits.sigmoid() if regions else logits, regions)[0].cpu().numpy()
+        return {label: drawn(np.argwhere(mask) + window.lower, *window.case.encode(), *window.lower)
+                for label, mask in enumerate(masks) if mask.any()}
+    voxels: dict[str, dict[int, list[np.ndarray]]] = {}
+    for window, labels in shared_out(windows, found).items():
+        own = voxels.setdefault(window.case, {})
+        for label, rows in labels.items():
+            own.setdefault(label, []).append(rows)
+    return {case: {label: np.pad(drawn(np.concatenate(parts), *case.encode()), ((0, 0), (1, 0)))
+                   for label, parts in own.items()} for case, own in voxels.items()}
 
 
 def look_again(trainer: nnUNetTrainerSemi) -> None:
@@ -93,19 +112,19 @@ def look_again(trainer: nnUNetTrainerSemi) -> None:
     sources = trainer.dataloader_train.batches.loaders
     dataset = sources["unlabelled"]._data
     shapes = {case: dataset.load_case(case)[0].shape[1:] for case in dataset.identifiers}
-    # Of all processes, which must choose the same cases: their own batches may differ in size.
+    # Of all processes, which must choose the same windows: their own batches may differ in size.
     batch_size = settings.unlabelled_batch_size or trainer.configuration_manager.batch_size
     patches = trainer.num_epochs * trainer.num_iterations_per_epoch * batch_size
     seed = settings.seed + trainer.current_epoch
-    cases = cases_to_predict(shapes, trainer.configuration_manager.patch_size, patches, seed)
+    windows = windows_to_predict(shapes, trainer.configuration_manager.patch_size, patches, seed)
     trainer.set_deep_supervision_enabled(False)
     trainer.method.eval()
-    found = find_foreground(cases, dataset, compat.sliding_window(trainer, trainer.method.deployable()),
+    found = find_foreground(windows, dataset, compat.sliding_window(trainer, trainer.method.deployable()),
                             trainer.label_manager.has_regions, seed)
     trainer.set_deep_supervision_enabled(True)
-    trainer.print_to_log_file(f"Unlabelled foreground: {len(cases)} of {len(shapes)} cases predicted, found in "
-                              f"{sum(map(bool, found.values()))} of them.")
-    trainer.foreground = {**trainer.foreground, **found}
+    trainer.foreground |= {case: voxels for case, voxels in found.items() if voxels}
+    trainer.print_to_log_file(f"Unlabelled foreground: {len(windows)} windows of {len(found)} cases predicted; known "
+                              f"in {len(trainer.foreground)} of {len(shapes)} cases.")
     trainer.dataloader_train.close()
     sources["unlabelled"].foreground = trainer.foreground
     trainer.dataloader_train = batches.stream(trainer, settings, "training", sources, trainer.num_iterations_per_epoch)

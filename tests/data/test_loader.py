@@ -128,6 +128,17 @@ def test_the_share_on_foreground_holds_on_average_for_any_batch(tiny, cases, bat
     assert set(numbers) <= {int(batch_size * share), math.ceil(batch_size * share)}
 
 
+def test_patches_on_foreground_are_of_cases_that_have_some(tiny, cases):
+    loader = make_loader(tiny, cases, batch_size=4)
+    loader.foreground_share = 0.5
+    loader.foreground = {"un_a": {}, "un_b": {1: np.array([[0, 8, 8, 8]])}, "gone": {1: np.zeros((1, 4), dtype=int)}}
+    np.random.seed(0)
+    drawn = [loader.generate_train_batch()["keys"] for _ in range(20)]
+    assert {key for keys in drawn for key in keys[2:]} == {"un_b"} < {key for keys in drawn for key in keys[:2]}
+    loader.foreground = {}
+    assert {key for _ in range(20) for key in loader.generate_train_batch()["keys"][2:]} == set(cases.identifiers)
+
+
 def test_the_ignore_label_does_not_restrict_positions(tiny, cases):
     labels = {"background": 0, "organ": 1, "ignore": 2}
     loader = make_loader(tiny, cases, labels=labels)

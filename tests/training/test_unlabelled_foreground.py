@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semi.training.unlabelled_foreground import cases_to_predict, find_foreground, is_due
+from nnunetv2_semi.training.unlabelled_foreground import Window, find_foreground, is_due, windows_to_predict
 
 
 def stored(image):
     return SimpleNamespace(load_case=lambda case: (image, None, None, {}))
 
 
+def whole(case, image):
+    return Window(case, (0,) * (image.ndim - 1), image.shape[1:])
+
+
 @pytest.mark.parametrize("regions, heads", [(False, 3), (True, 2)])
 def test_voxels_are_those_that_the_network_takes_for_each_label(regions, heads):
     generator = np.random.default_rng(0)
     image = generator.normal(size=(heads, 6, 7, 8)).astype(np.float32)
-    found = find_foreground(["a", "b"], stored(image), lambda x: x, regions, seed=1)
+    found = find_foreground([whole("a", image), whole("b", image)], stored(image), lambda x: x, regions, seed=1)
     assert list(found) == ["a", "b"]
     decided = image > 0 if regions else np.stack([image.argmax(0) == label for label in (1, 2)])
     for label, mask in enumerate(decided):
@@ -27,18 +31,42 @@ def test_voxels_are_those_that_the_network_takes_for_each_label(regions, heads):
         assert (rows[:, 0] == 0).all() and mask[tuple(rows[:, 1:].T)].all()
 
 
+def test_voxels_of_several_windows_of_a_case_are_told_in_the_coordinates_of_the_case():
+    image = np.zeros((2, 6, 7, 8), np.float32)
+    foreground = [(1, 2, 3), (4, 6, 7), (5, 0, 0)]
+    for voxel in foreground:
+        image[(1, *voxel)] = 1.0
+    windows = [Window("a", (0, 0, 0), (3, 7, 8)), Window("a", (3, 1, 1), (6, 7, 8))]
+    found = find_foreground(windows, stored(image), lambda x: x, False, seed=0)
+    assert sorted(map(tuple, found["a"][0].tolist())) == [(0, 1, 2, 3), (0, 4, 6, 7)]
+
+
 def test_a_label_that_is_nowhere_is_left_out():
-    found = find_foreground(["a"], stored(np.zeros((3, 4, 4, 4), np.float32)), lambda x: x, False, seed=0)
-    assert found == {"a": {}}
+    image = np.zeros((3, 4, 4, 4), np.float32)
+    assert find_foreground([whole("a", image)], stored(image), lambda x: x, False, seed=0) == {"a": {}}
 
 
-def test_the_cost_decides_how_many_cases_are_predicted_and_the_seed_which():
-    shapes = {f"case_{i}": (8, 16, 16) for i in range(50)}  # 8 windows each in 3D, 32 in 2D
-    assert len(cases_to_predict(shapes, (8, 8, 4), 4000, seed=0)) == 10
-    assert len(cases_to_predict(shapes, (8, 8), 4000, seed=0)) == 2
-    assert len(cases_to_predict(shapes, (8, 8, 4), 1, seed=0)) == 1
-    assert sorted(cases_to_predict(shapes, (8, 8, 4), 10**9, seed=0)) == sorted(shapes)
-    first, again, other = (cases_to_predict(shapes, (8, 8, 4), 4000, seed) for seed in (0, 0, 1))
+@pytest.mark.parametrize("patch_size, number", [((8, 8, 4), 8), ((8, 8), 32)])
+def test_the_windows_cover_every_case_and_are_as_large_as_a_patch(patch_size, number):
+    shapes = {"a": (8, 16, 16), "b": (8, 15, 14), "c": (8, 5, 16)}
+    windows = windows_to_predict(shapes, patch_size, 10**9, seed=0)
+    assert len([window for window in windows if window.case == "a"]) == number
+    side = (1,) * (3 - len(patch_size)) + patch_size
+    for case, shape in shapes.items():
+        seen = np.zeros(shape, bool)
+        for _, lower, upper in (window for window in windows if window.case == case):
+            seen[tuple(slice(*ends) for ends in zip(lower, upper, strict=True))] = True
+            assert [b - a for a, b in zip(lower, upper, strict=True)] == [min(s, n) for s, n in
+                                                                          zip(side, shape, strict=True)]
+        assert seen.all()
+
+
+def test_the_cost_decides_how_many_windows_are_predicted_and_the_seed_which():
+    shapes = {f"case_{i}": (8, 16, 16) for i in range(50)}
+    windows = windows_to_predict(shapes, (8, 8, 4), 4000, seed=0)
+    assert len(windows) == len(set(windows)) == 80 and len({window.case for window in windows}) > 30
+    assert len(windows_to_predict(shapes, (8, 8, 4), 1, seed=0)) == 1
+    first, again, other = (windows_to_predict(shapes, (8, 8, 4), 4000, seed) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -49,16 +77,16 @@ def test_the_network_looks_at_three_points_of_training():
 
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
-def test_a_third_of_the_patches_is_drawn_where_the_network_found_foreground(tools, tmp_path, monkeypatch,
+def test_half_of_the_patches_is_drawn_where_the_network_found_foreground(tools, tmp_path, monkeypatch,
                                                                             configuration):
     tools.prepare(tmp_path, configuration, monkeypatch, shape=(48, 48, 48))
     tools.set_semi(tmp_path, num_epochs=2, unlabelled_foreground=0.5, unlabelled_batch_size=6)
     trainer = tools.trainer(tmp_path, "nnUNetTrainerSemiMix", configuration)
-    corner, seen = (3, 4, 5), []
+    seen = []
 
     def predict(image):
         logits = torch.zeros(5, *image.shape[1:])
-        logits[(1, *corner)] = 1.0  # one voxel of the first label
+        logits[1, 0, -1, -1] = 1.0  # one voxel of the first label
         return logits
     monkeypatch.setattr("nnunetv2_semi.compat.sliding_window", lambda trainer, network: predict)
 
@@ -70,17 +98,17 @@ def test_a_third_of_the_patches_is_drawn_where_the_network_found_foreground(tool
         drawn = loader.get_bbox
 
         def get_bbox(shape, forced, voxels):
-            seen.append((trainer.current_epoch, forced, drawn(shape, forced, voxels)[0]))
-            return seen[-1][2], [a + b for a, b in zip(seen[-1][2], loader.patch_size, strict=True)]
+            lower, upper = drawn(shape, forced, voxels)
+            seen.append((trainer.current_epoch, forced, np.array(lower), voxels))
+            return lower, upper
         loader.get_bbox = get_bbox
     trainer.on_train_epoch_start = recorded
     trainer.run_training()
-    assert not any(forced for epoch, forced, _ in seen if epoch == 0)
-    forced = [lower for epoch, forced, lower in seen if epoch == 1 and forced]
+    assert not any(forced for epoch, forced, *_ in seen if epoch == 0)
+    forced = [(lower, voxels) for epoch, forced, lower, voxels in seen if epoch == 1 and forced]
     share = len(forced) / sum(epoch == 1 for epoch, *_ in seen)
-    known = len(trainer.foreground)
-    assert known in (1, 2) and share == pytest.approx(0.5) if known == 2 else 0 < share <= 0.5
+    assert share == pytest.approx(0.5)
     size = trainer.dataloader_train.batches.loaders["unlabelled"].patch_size
-    for lower in forced:
-        assert all(first <= voxel < first + side for first, voxel, side in zip(lower, corner, size, strict=True))
+    for lower, voxels in forced:
+        assert any((lower <= voxel).all() and (voxel < lower + size).all() for voxel in voxels[0][:, 1:])
     assert math.isfinite(trainer.logger.get_value("train_losses", step=None)[-1])
