@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from nnunetv2_semi.errors import UserError, one_line
 if TYPE_CHECKING:
     import numpy as np
 
+Value = int | tuple[int, ...]  # of a structure in dataset.json: a label, or the labels of a region
 FILE = "semi_postprocessing.pkl"
 
 
@@ -40,20 +42,53 @@ def run(args: argparse.Namespace) -> int:
     dataset, connected = os.path.basename(folder), connected_structures(folder)
     if not connected:
         raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
+    instead = {name: label_instead(value, structures(folder).values()) for name, value in connected.items()}
+    for name in [name for name, label in instead.items() if label is None]:
+        print(f"{name} is left as predicted: what a removed island of it would belong to cannot be told.")
+        del connected[name]
     functions = [remove_all_but_largest_component_from_segmentation] * len(connected)
+    options = [{"labels_or_regions": value, "background_label": instead[name]} for name, value in connected.items()]
     file = args.o or Path(nnUNet_preprocessed, dataset, FILE)
     with whole_file(str(file)) as unfinished:
-        Path(unfinished).write_bytes(pickle.dumps((functions, [{"labels_or_regions": values} for values in
-                                                               connected.values()])))  # fmt: skip
+        Path(unfinished).write_bytes(pickle.dumps((functions, options)))
     print(f"Connected in every labelled case: {', '.join(connected)}. Of these the largest component will be kept.\n"
           f"nnUNetv2_apply_postprocessing -i PREDICTIONS -o POSTPROCESSED -pp_pkl_file {file}")  # fmt: skip
     return 0
 
 
-def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, ...]]:
+def label_instead(value: Value, values: Iterable[Value]) -> int | None:
+    """The label of what is left of the smallest of ``values`` around the region ``value``, without it.
+
+    0 where none is around it; None where several labels are left.
+    """
+    own = set(_labels(value))
+    around = [set(_labels(other)) for other in values if own < set(_labels(other))]
+    left = min(around, key=len) - own if around else {0}
+    return left.pop() if len(left) == 1 else None
+
+
+def structures(raw_dataset_folder: str) -> dict[str, Value]:
+    """Foreground labels and regions of dataset.json by name.
+
+    Raises:
+        UserError: it has mistakes.
+    """
+    from nnunetv2_semi.data.dataset_json import read_dataset_json
+
+    labels = read_dataset_json(os.path.join(raw_dataset_folder, "dataset.json"))["labels"]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in labels.items()
+            if name not in ("background", "ignore")}  # fmt: skip
+
+
+def _labels(value: Value) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def connected_structures(raw_dataset_folder: str) -> dict[str, Value]:
     """Labels or regions, by name, that have one connected component in each labelled case that has them.
 
-    Voxels that share a corner are connected, as in nnU-Net's postprocessing.
+    Voxels that share a corner are connected, as in nnU-Net's postprocessing. A case with the ignore label may hide
+    further components: it can tell of several, not of one.
 
     Raises:
         UserError: dataset.json has mistakes, there is no label, or one cannot be read.
@@ -70,9 +105,8 @@ def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, 
     if not files:
         raise UserError(f"There are no labelled cases in {raw_dataset_folder}.")
     reader = recursive_find_reader_writer_by_name(name_of_reader(dataset_json, files[0]))()
-    values = {name: tuple(value) if isinstance(value, list) else value
-              for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
-    classes = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    values = structures(raw_dataset_folder)
+    classes = {name: _labels(value) for name, value in values.items()}
 
     def read(file: str) -> np.ndarray:
         try:
@@ -80,4 +114,5 @@ def connected_structures(raw_dataset_folder: str) -> dict[str, int | tuple[int, 
         except Exception as error:  # readers raise whatever their libraries do
             raise UserError(f"{file} cannot be read: {one_line(error)}") from error
 
-    return {name: values[name] for name in always_connected(map(read, files), classes)}
+    connected = always_connected(map(read, files), classes, dataset_json["labels"].get("ignore"))
+    return {name: values[name] for name in connected}

@@ -42,14 +42,21 @@ def numbers_of_components(labels: np.ndarray, classes: Mapping[Name, Sequence[in
     return counts
 
 
-def always_connected(label_maps: Iterable[np.ndarray], classes: Mapping[Name, Sequence[int]]) -> list[Name]:
-    """Those of ``classes`` with one connected component in each of ``label_maps`` that has them; one at least must."""
-    most = dict.fromkeys(classes, 0)
+def always_connected(label_maps: Iterable[np.ndarray], classes: Mapping[Name, Sequence[int]],
+                     ignore_label: int | None = None) -> list[Name]:
+    """Those of ``classes`` with one connected component in each of ``label_maps`` that has them; one at least must.
+
+    A map with ``ignore_label`` in it may hide further components, so that it can tell of several, but not of one.
+    """
+    left, shown = dict(classes), set()
     for labels in label_maps:
-        left = {name: members for name, members in classes.items() if most[name] <= 1}
+        hides = ignore_label is not None and bool((labels == ignore_label).any())
         for name, count in numbers_of_components(labels, left).items():
-            most[name] = max(most[name], count)
-    return [name for name, count in most.items() if count == 1]
+            if count > 1:
+                del left[name]
+            elif count == 1 and not hides:
+                shown.add(name)
+    return [name for name in left if name in shown]
 
 
 def _components(labels: np.ndarray) -> np.ndarray:

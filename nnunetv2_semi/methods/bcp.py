@@ -62,6 +62,10 @@ class BCPSettings(BaseSettings):
         '`"teacher"` or `"student"`; in pretraining always the student',
     )
 
+    @property
+    def mixes_labelled(self) -> bool:
+        return self.plain_labelled and self.pretrain_fraction > 0
+
 
 @dataclass(frozen=True)
 class _Pasted:

@@ -68,8 +68,8 @@ class Context:
     axes of a patch that may be mirrored, from 0. rotation: nnU-Net's largest angle about each axis, radians.
     turned_in_plane: in 3D nnU-Net turns and scales patches within the last two axes alone.
     connected_classes: foreground labels, as (0, label), or regions, as (region from 0, 1), that are one connected
-    component in every labelled training case (in 2D in every slice) that has them, and that some case has; reads their
-    labels.
+    component in every labelled training case (in 2D in every slice) that has them, and in one without the ignore
+    label; reads their labels.
     """
 
     supervised_loss: Callable[[Logits, Target], torch.Tensor]

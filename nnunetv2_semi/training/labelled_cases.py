@@ -52,4 +52,4 @@ def connected_classes(trainer: nnUNetTrainer) -> frozenset[tuple[int, int]]:
         classes = {(0, label): (label,) for label in labels.foreground_labels}
     segmentations = (np.asarray(dataset.load_case(name)[1][:])[0] for name in names)
     return frozenset(always_connected(
-        (single for whole in segmentations for single in (whole if slices else [whole])), classes))
+        (single for whole in segmentations for single in (whole if slices else [whole])), classes, labels.ignore_label))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_semi import cli
-from nnunetv2_semi.commands.postprocessing import connected_structures
+from nnunetv2_semi.commands.postprocessing import connected_structures, label_instead
 
 LABELS = {"background": 0, "ring": 1, "core": 2, "spots": 3}
 REGIONS = {"background": 0, "whole": [1, 2], "core": 2, "spots": 3}
@@ -56,6 +57,43 @@ def test_structures_of_one_component_in_every_case_that_has_them(data_set: Path)
     assert connected_structures(str(data_set)) == {"whole": (1, 2), "core": 2}
     edit(data_set, {**LABELS, "never": 4, "ignore": 5})
     assert connected_structures(str(data_set)) == {"ring": 1, "core": 2}  # of what no case has nothing is known
+
+
+def test_a_case_with_the_ignore_label_is_no_proof_that_a_structure_is_connected(data_set: Path) -> None:
+    edit(data_set, {**LABELS, "ignore": 4})
+    annotated_in_part = organ()
+    annotated_in_part[5, 5, 5] = 4
+    write(data_set / "labelsTr" / "a.nii.gz", annotated_in_part)
+    assert connected_structures(str(data_set)) == {"ring": 1}  # the core is in no other case
+    write(data_set / "labelsTr" / "b.nii.gz", annotated_in_part)
+    assert connected_structures(str(data_set)) == {}
+    two_rings = organ()
+    two_rings[1, 0, 0], two_rings[5, 11, 11] = 1, 4
+    write(data_set / "labelsTr" / "a.nii.gz", two_rings)
+    write(data_set / "labelsTr" / "b.nii.gz", organ())
+    assert connected_structures(str(data_set)) == {"core": 2}
+
+
+def test_islands_of_a_region_become_what_is_left_of_the_region_around_it(
+    data_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing
+
+    edit(data_set, {"background": 0, "whole": [1, 2], "core": 2, "spots": 3}, regions_class_order=[1, 2, 3])
+    file = tmp_path / "mine.pkl"
+    assert cli.main(["postprocessing", "-d", "7", "-o", str(file)]) == 0
+    expected = organ()
+    expected[2:4, 4:8, 6:8] = 1
+    predicted = expected.copy()
+    predicted[2, 4, 7] = 2  # in the ring
+    predicted[5, 11, 0] = 2  # outside of all
+    assert np.array_equal(apply_postprocessing(predicted, *pickle.loads(file.read_bytes())), expected)
+    edit(data_set, {"background": 0, "all": [1, 2, 3], "core": 2, "ring": 1}, regions_class_order=[3, 2, 1])
+    assert label_instead(2, [(1, 2, 3), 2, 1]) is None
+    capsys.readouterr()
+    assert cli.main(["postprocessing", "-d", "7", "-o", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "core is left as predicted" in printed and "ring is left as predicted" in printed
 
 
 def test_nnunets_own_command_applies_it(

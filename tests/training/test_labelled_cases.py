@@ -33,7 +33,8 @@ def test_of_a_3d_case_in_2d_the_slice_with_most_labels_counts(monkeypatch, ignor
     assert int((case.target == 1).sum()) == labelled_voxels
 
 
-def connected_classes(monkeypatch, segmentations, patch_size=(6, 6, 6), regions=None, labels=(1, 2)):
+def connected_classes(monkeypatch, segmentations, patch_size=(6, 6, 6), regions=None, labels=(1, 2),
+                      ignore_label=None):
     """What ``labelled_cases.connected_classes`` says of training cases with these label maps (Z, Y, X)."""
     read = []
 
@@ -49,7 +50,7 @@ def connected_classes(monkeypatch, segmentations, patch_size=(6, 6, 6), regions=
     trainer = SimpleNamespace(
         do_split=lambda: (list(segmentations), ["validation case"]), preprocessed_dataset_folder="",
         label_manager=SimpleNamespace(foreground_labels=list(labels), foreground_regions=regions,
-                                      has_regions=regions is not None),
+                                      has_regions=regions is not None, ignore_label=ignore_label),
         configuration_manager=SimpleNamespace(patch_size=patch_size))
     answer = labelled_cases.connected_classes(trainer)
     assert sorted(read) == sorted(segmentations)
@@ -72,6 +73,16 @@ def blocks(*corners):
     ([(0, 0, 0, 3), (4, 4, 4, 3)], set()), ([], set()), ([(0, 0, 0, -1), (4, 4, 4, -1)], set())])
 def test_labels_that_are_one_component_in_a_case(monkeypatch, corners, expected):
     assert connected_classes(monkeypatch, {"case": blocks(*corners)}) == expected
+
+
+def test_what_the_ignore_label_may_hide_is_not_taken_for_one_component(monkeypatch):
+    whole, in_part, in_pieces = (blocks(*corners) for corners in (
+        [(0, 0, 0, 1), (4, 4, 4, 2)], [(0, 0, 0, 1), (4, 4, 4, 3)], [(0, 0, 0, 1), (4, 4, 4, 1), (0, 4, 4, 3)]))
+    assert connected_classes(monkeypatch, {"a": in_part}, ignore_label=3) == set()
+    assert connected_classes(monkeypatch, {"a": in_part, "b": whole}, ignore_label=3) == {1, 2}
+    assert connected_classes(monkeypatch, {"a": whole, "b": in_pieces}, ignore_label=3) == {2}
+    # in 2D each slice without it is a proof
+    assert connected_classes(monkeypatch, {"a": in_part}, (6, 6), ignore_label=3) == {1}
 
 
 def test_every_training_case_counts(monkeypatch):
