@@ -38,14 +38,13 @@ class TrainingData:
         raw, dataset_json = str(self.raw), read_dataset_json(str(self.raw / "dataset.json"))
         return {**list_labelled_cases(raw, dataset_json), **list_unlabelled_cases(raw, dataset_json)}
 
-    def contents(self, files: Sequence[str], labels: bool = False) -> dict[str, FileContent]:
-        """What files of the raw data set hold, of those that can be read."""
+    def contents(self, files: Sequence[str], labels: bool = False) -> tuple[dict[str, FileContent], dict[str, str]]:
+        """What files of the raw data set hold, and the reason by path for those that cannot be read."""
         from nnunetv2_semi.data.file_contents import file_contents
 
-        contents, _ = file_contents(files, labels=labels, cache_folder=str(self.preprocessed),
-                                    raw_dataset_folder=str(self.raw), reader_name=self.reader,
-                                    num_processes=default_processes())
-        return contents
+        return file_contents(files, labels=labels, cache_folder=str(self.preprocessed),
+                             raw_dataset_folder=str(self.raw), reader_name=self.reader,
+                             num_processes=default_processes())
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -54,7 +53,7 @@ class TrainingData:
 
         labels = list(label_files(str(self.raw), read_dataset_json(str(self.raw / "dataset.json"))).values())
         images = [file for files in self.images().values() for file in files]
-        contents = {**self.contents(images), **self.contents(labels, labels=True)}
+        contents = {**self.contents(images)[0], **self.contents(labels, labels=True)[0]}
         digests = {os.path.relpath(file, self.raw): digest([content.digest, content.spacing])
                    for file, content in contents.items()}
         splits = splits_path(self.preprocessed)

@@ -145,8 +145,8 @@ class Settings(BaseModel):
                             'from and changes nothing. Set "unlabelled_batch_size" to at least 2 for each GPU.')
         if self.mixes_labelled and labelled == 1:
             warnings.append("a step has one labelled patch (on a GPU): there is no other one to paste a box of into it, "
-                            "so the loss on labelled patches pasted into each other counts for nothing. Plan a larger "
-                            "batch_size.")
+                            "so the loss on labelled patches pasted into each other counts for nothing. Plan a "
+                            "larger batch_size.")
         return warnings
 
     def teacher_decay(self, ema_decay: float | None) -> float:

@@ -474,6 +474,18 @@ def test_a_labelled_image_among_the_unlabelled_ones_is_refused(
     assert "1 unlabelled case(s) hold the same image as a labelled case: renamed_0000" in capsys.readouterr().err
 
 
+def test_an_image_that_cannot_be_read_is_refused_before_a_teacher_trains(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(here / "nnUNet_raw" / SOURCE, tmp_path / SOURCE)
+    cut_off = sorted((tmp_path / SOURCE / "imagesUn").iterdir())[0]
+    cut_off.write_bytes(cut_off.read_bytes()[:200])
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert cli.main([*CALL, "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert f"1 image(s) cannot be read: {cut_off} (" in told and "Replace them, or remove these cases." in told
+
+
 def test_predictions_that_a_kill_cut_off_are_made_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

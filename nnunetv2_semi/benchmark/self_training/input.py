@@ -158,7 +158,7 @@ def checked_start(options: Options, source: Source, folders: Folders) -> Start:
         raise UserError(f"--keep {options.keep:g} leaves no unlabelled case for {options.trainer}, which needs some.")
     _check_fold(options.fold, preprocessed, len(source.labelled))
     _check_models_of_other_plans(options, plans, folders)
-    _check_no_labelled_image(source, preprocessed, plans["image_reader_writer"])
+    _check_images(source, preprocessed, plans["image_reader_writer"])
     labels = manager.get_label_manager(source.dataset_json)
     structures = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     return Start(options, source, plans, settings.num_epochs,
@@ -267,12 +267,19 @@ def _check_models_of_other_plans(options: Options, plans: dict, folders: Folders
                             "copy of the plans under another name.")
 
 
-def _check_no_labelled_image(source: Source, preprocessed: Path, reader_name: str) -> None:
-    """A labelled case, perhaps of the validation split, must not come back with a predicted label and another name."""
+def _check_images(source: Source, preprocessed: Path, reader_name: str) -> None:
+    """All images can be read, since nnUNetv2_predict will end at the first that cannot.
+
+    And no labelled case, perhaps of the validation split, comes back with a predicted label and another name.
+    """
     labelled, unlabelled = ({name: list(case.images.values()) for name, case in cases.items()}
                             for cases in (source.labelled, source.unlabelled))
-    contents = TrainingData(Path(source.folder), preprocessed, reader_name).contents(
+    contents, unreadable = TrainingData(Path(source.folder), preprocessed, reader_name).contents(
         [file for files in (*labelled.values(), *unlabelled.values()) for file in files])
+    if unreadable:
+        raise UserError(f"{len(unreadable)} image(s) cannot be read: "
+                        f"{'; '.join(f'{file} ({reason})' for file, reason in sorted(unreadable.items()))}. Replace "
+                        "them, or remove these cases.")
     pairs = find_duplicates(unlabelled, contents, labelled)
     if pairs:
         raise UserError(f"{len(pairs)} unlabelled case(s) hold the same image as a labelled case: "

@@ -118,7 +118,7 @@ def name_test_cases_in_training(job: Job) -> None:
     test = list_test_cases(str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json")))
     data = _training_data(job)
     training = data.images()
-    contents = data.contents([file for files in (*training.values(), *test.values()) for file in files])
+    contents, _ = data.contents([file for files in (*training.values(), *test.values()) for file in files])
     same, alike = (find(test, contents, training) for find in (find_duplicates, find_look_alikes))
     for pairs, what in ((same, "are the same image"), (alike, LOOK_ALIKE)):
         if pairs:
