@@ -87,7 +87,7 @@ def trained_step(method_class, regions: bool, one_pass: bool, semi: dict) -> tup
                       regions=regions, ignore_label=None, spacing=(1.0, 1.0), modalities={"m": [0]},
                       arrangement=Arrangement(one_pass), scale_weights=(1.0,), patch_size=(8, 8), image_size=(8.0, 8.0),
                       num_channels=1, num_heads=HEADS, training_cases=lambda: iter(()), mirror_axes=(0, 1),
-                      rotation=0.5, turned_in_plane=False, connected_classes=frozenset)
+                      rotation=0.5, turned_in_plane=False, masked_channels=(), connected_classes=frozenset)
     method = method_class(network, settings_from_plan(method_class.Settings, semi, method_class.name), context)
     step = TrainingStep(method, method.optimizers(0.01, 3e-5, 10), None, torch.device("cpu"), seed=0, rank=0,
                         max_skipped_steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,13 +57,15 @@ class IntensityViews:
                    int(torch.randint(2**62, ())),
                    (1 + gamma) ** (2 * torch.rand(number, batch, channels) - 1) if gamma else None)
 
-    def apply(self, image: torch.Tensor, shift_by: Literal["std", "mean"] = "std") -> torch.Tensor:
+    def apply(self, image: torch.Tensor, shift_by: Literal["std", "mean"] = "std",
+              masked: Sequence[int] = ()) -> torch.Tensor:
         """The views (views, B, C, *spatial) of ``image`` (B, C, *spatial), on its device, in its data type.
 
         Channels that a case lacks stay as they are.
 
         shift_by: b is in units of each channel's standard deviation, or of its mean, which is about 0 where intensities
         are z-scored.
+        masked: channels whose zeros stay, see ``Context.masked_channels``.
         """
         rows = image.flatten(2)
         unit = rows.std(2) if shift_by == "std" else rows.mean(2)
@@ -74,6 +77,8 @@ class IntensityViews:
         for view, patch in self.sigma.nonzero().tolist():
             noise = torch.randn(image.shape[1:], generator=generator, dtype=image.dtype, device=image.device)
             views[view, patch].add_(noise, alpha=float(self.sigma[view, patch]))
+        for channel in masked:
+            views[:, :, channel].masked_fill_(image[:, channel] == 0, 0)
         return fill_absent(views, present_channels(image).expand(len(views), -1, -1))
 
     def _curved(self, image: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,8 @@ class Context:
     where patches are slices of 3D images. num_channels: of the images. num_heads: channels of the logits.
     training_cases: the fold's labelled training cases, in alphabetical order, read one by one. mirror_axes: spatial
     axes of a patch that may be mirrored, from 0. rotation: nnU-Net's largest angle about each axis, radians.
-    turned_in_plane: in 3D nnU-Net turns and scales patches within the last two axes alone.
+    turned_in_plane: in 3D nnU-Net turns and scales patches within the last two axes alone. masked_channels: those that
+    are 0 outside of what nnU-Net normalised ("use_mask_for_norm" in the plans), in augmented patches too.
     connected_classes: foreground labels, as (0, label), or regions, as (region from 0, 1), that are one connected
     component in every labelled training case (in 2D in every slice) that has them, and in one without the ignore
     label; reads their labels.
@@ -88,4 +89,5 @@ class Context:
     mirror_axes: tuple[int, ...]
     rotation: float
     turned_in_plane: bool
+    masked_channels: tuple[int, ...]
     connected_classes: Callable[[], frozenset[tuple[int, int]]]

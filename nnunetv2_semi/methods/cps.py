@@ -84,7 +84,7 @@ class CPS(Method):
         self.note_agreement(*decided["unlabelled"])
         image = batch.unlabelled
         if self.settings.perturb:
-            image, mixing = perturbed(image, self.settings)
+            image, mixing = perturbed(image, self.settings, self.context.masked_channels)
             decided["unlabelled"] = tuple(mixing.of(p) for p in decided["unlabelled"])
         passes = [(name, self.passes(network, batch.labelled, image)) for name, network in self._networks()]
         for stream in ("labelled", "unlabelled"):

@@ -82,6 +82,6 @@ class FixMatch(Method):
     def _strong(self, image: torch.Tensor) -> tuple[torch.Tensor, CutMix]:
         """The strong view of ``image`` (B, C, *spatial), and its mixing; voxels that are cut out have their channel's
         mean."""
-        view, mixing = perturbed(image, self.settings)
+        view, mixing = perturbed(image, self.settings, self.context.masked_channels)
         box = Boxes.draw(len(image), image.shape[2:], self.settings.cutout).inside(image.device)
         return torch.where(box, view.mean(tuple(range(2, view.ndim)), keepdim=True), view), mixing

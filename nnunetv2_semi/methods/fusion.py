@@ -157,7 +157,7 @@ class Fusion(Method):
 
     def loss(self, batch: Batch) -> Iterator[list[Term]]:
         settings, regions = self.settings, self.context.regions
-        image, mixing = perturbed(batch.unlabelled, settings)
+        image, mixing = perturbed(batch.unlabelled, settings, self.context.masked_channels)
         passes = self.passes(partial(self.student.core, each=True), batch.labelled, image)
         fused, each = next(passes)
         yield [self.supervised(fused, batch.target), *self._modality_terms(each, batch.target, batch.labelled_present)]

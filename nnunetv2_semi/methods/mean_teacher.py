@@ -83,7 +83,7 @@ class MeanTeacher(Method):
 
     def _students_patches(self, image: torch.Tensor) -> tuple[torch.Tensor, CutMix]:
         if self.settings.perturbation == "strong":
-            return perturbed(image, self.settings)
+            return perturbed(image, self.settings, self.context.masked_channels)
         return with_noise(image, self.settings.noise), CutMix.draw(image, 0.0)
 
     def teachers_patches(self, image: torch.Tensor) -> torch.Tensor:

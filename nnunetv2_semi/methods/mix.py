@@ -152,7 +152,7 @@ class Mix(Method):
         """What the student sees of unlabelled patches."""
         settings = self.settings
         image, labels, counted = self._mixed(batch, batch.unlabelled, labels, counted)
-        image = intensity_view(image, settings)
+        image = intensity_view(image, settings, self.context.masked_channels)
         if settings.spatial_view != "none":
             flips = Flips.draw(len(image), self.context.mirror_axes)
             image, labels, counted = flips.of(image), flips.of(labels), flips.of(counted)

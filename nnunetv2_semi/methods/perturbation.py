@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nnunetv2_semi.data.views import IntensityViews
@@ -39,13 +41,18 @@ class PerturbationSettings(ViewSettings):
         return self.cutmix > 0
 
 
-def intensity_view(image: torch.Tensor, settings: ViewSettings) -> torch.Tensor:
-    """A view of ``image`` (B, C, *spatial) with other intensities, as the settings say."""
-    return IntensityViews.draw(1, image, settings.view_scale, settings.view_shift, settings.view_noise,
-                               settings.view_noise_probability, settings.view_gamma).apply(image)[0]
+def intensity_view(image: torch.Tensor, settings: ViewSettings, masked_channels: Sequence[int]) -> torch.Tensor:
+    """A view of ``image`` (B, C, *spatial) with other intensities, as the settings say.
+
+    masked_channels: see `Context`.
+    """
+    drawn = IntensityViews.draw(1, image, settings.view_scale, settings.view_shift, settings.view_noise,
+                                settings.view_noise_probability, settings.view_gamma)
+    return drawn.apply(image, masked=masked_channels)[0]
 
 
-def perturbed(image: torch.Tensor, settings: PerturbationSettings) -> tuple[torch.Tensor, CutMix]:
+def perturbed(image: torch.Tensor, settings: PerturbationSettings,
+              masked_channels: Sequence[int]) -> tuple[torch.Tensor, CutMix]:
     """``image`` (B, C, *spatial) mixed and with other intensities, and the mixing, to do the same to its labels."""
     mixing = CutMix.draw(image, settings.cutmix)
-    return intensity_view(mixing.of(image), settings), mixing
+    return intensity_view(mixing.of(image), settings, masked_channels), mixing

@@ -177,7 +177,7 @@ class RCPS(Method):
         settings = self.settings
         drawn = IntensityViews.draw(number, image, settings.view_scale, settings.view_shift, settings.view_noise,
                                     settings.view_noise_probability, settings.view_gamma)
-        return drawn.apply(image, settings.view_shift_by)
+        return drawn.apply(image, settings.view_shift_by, self.context.masked_channels)
 
     def _pseudo_supervision(self, versions: _Versions) -> torch.Tensor:
         """L_rp = L_urp(view 1) + L_urp(view 2) + L_cr, summed over the network's outputs with nnU-Net's weights."""

@@ -144,7 +144,7 @@ class Settings(BaseModel):
             warnings.append('a step has one unlabelled patch (on a GPU), so "cutmix" has no other one to take a box '
                             'from and changes nothing. Set "unlabelled_batch_size" to at least 2 for each GPU.')
         if self.mixes_labelled and labelled == 1:
-            warnings.append("a step has one labelled patch (on a GPU): there is no other one to paste a box of into it, "
+            warnings.append("a step has one labelled patch (on a GPU): there is no other one to paste a box of, "
                             "so the loss on labelled patches pasted into each other counts for nothing. Plan a "
                             "larger batch_size.")
         return warnings

@@ -198,7 +198,8 @@ class SynFoC(Method):
                                                         self.settings.ramp_power))
         labelled, truth, known = labelled_partners(batch, self.context.regions, self.context.ignore_label)
         inside = self._boxes(labelled, batch.unlabelled)
-        mixed = paste(inside, labelled, intensity_view(batch.unlabelled, self.settings))
+        view = intensity_view(batch.unlabelled, self.settings, self.context.masked_channels)
+        mixed = paste(inside, labelled, view)
         passes = {network: self.passes(network, batch.labelled, mixed) for network in self._students()}
         for network, outputs in passes.items():
             yield [self._labelled_term(network, next(outputs), batch.target)]

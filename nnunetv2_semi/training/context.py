@@ -36,6 +36,7 @@ def build_context(trainer: nnUNetTrainerSemi) -> Context:
         num_channels=trainer.num_input_channels, num_heads=labels.num_segmentation_heads,
         training_cases=lambda: labelled_cases.whole_training_cases(trainer, trainer.modalities),
         mirror_axes=tuple(mirror_axes or ()), rotation=float(max(rotation)), turned_in_plane=bool(in_plane),
+        masked_channels=tuple(channel for channel, masked in enumerate(plan.use_mask_for_norm) if masked),
         connected_classes=lambda: labelled_cases.connected_classes(trainer))
 
 

@@ -86,3 +86,14 @@ def test_instance_normalisation_undoes_scale_and_shift_but_not_gamma():
 
     assert change(1.5, 0.5, 1.0) < 1e-3
     assert change(1.0, 0.0, 2.0) > 0.05
+
+
+def test_zeros_of_masked_channels_stay_and_all_else_is_as_without_a_mask():
+    image = images(2, 3, 6, 6)
+    image[:, :, 2:4] = 0
+    drawn = IntensityViews.draw(2, image, gamma=1.5, noise_probability=1.0)
+    free, masked = drawn.apply(image), drawn.apply(image, masked=(0, 2))
+    assert (free[:, :, :, 2:4] != 0).all()
+    assert (masked[:, :, [0, 2], 2:4] == 0).all() and torch.equal(masked[:, :, 1], free[:, :, 1])
+    outside = torch.tensor([0, 1, 4, 5])
+    assert torch.equal(masked[..., outside, :], free[..., outside, :])

@@ -31,7 +31,7 @@ def small_network(channels: int, heads: int, dims: int = 3, deep_supervision: bo
 def context(channels: int = 2, regions: bool = False, ignore_label: int | None = None, one_pass: bool = False,
             deep_supervision: bool = False, spacing=(3.0, 1.0, 1.0), images_per_pass: int = 1,
             mirror_axes: tuple[int, ...] = (0, 1), connected_classes=frozenset(),
-            turned_in_plane: bool = False) -> Context:
+            turned_in_plane: bool = False, masked_channels: tuple[int, ...] = ()) -> Context:
     if regions:
         loss: nn.Module = DC_and_BCE_loss({}, {"batch_dice": False, "do_bg": True, "smooth": 1e-5},
                                           use_ignore_label=ignore_label is not None,
@@ -48,7 +48,7 @@ def context(channels: int = 2, regions: bool = False, ignore_label: int | None =
                    arrangement=Arrangement(one_pass, images_per_pass), scale_weights=weights, patch_size=(8, 8, 8),
                    image_size=(8.0, 8.0, 8.0), num_channels=channels, num_heads=3, training_cases=lambda: iter(()),
                    mirror_axes=mirror_axes, rotation=0.5, turned_in_plane=turned_in_plane,
-                   connected_classes=lambda: frozenset(connected_classes))
+                   masked_channels=masked_channels, connected_classes=lambda: frozenset(connected_classes))
 
 
 def with_batch_dice(given: Context, ddp: bool) -> Context:

@@ -74,7 +74,7 @@ def test_by_default_it_is_nnunets_loss_of_mixed_unlabelled_patches_in_value_and_
     terms = terms_of(method, batch)
     torch.manual_seed(3)
     inside = CutMix.draw(batch.unlabelled, 0.5).inside
-    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings)
+    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings, ())
     expected = {}
     networks = {"first": method.student, "second": method.second}
     for name, network in networks.items():

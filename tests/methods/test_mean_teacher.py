@@ -57,7 +57,7 @@ def test_by_default_the_students_patches_alone_are_mixed_and_bent(small, kinds):
     term = [t for g in method.loss(batch) for t in g][-1]
     torch.manual_seed(3)
     inside = CutMix.draw(batch.unlabelled, 0.5).inside
-    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings)
+    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings, ())
     activate = torch.sigmoid if kinds.get("regions") else lambda z: z.softmax(1)
     student, teacher = activate(method.student(view)), activate(method.teacher.network(batch.unlabelled))
     squares = [(student[k] - torch.where(inside[k], teacher[1 - k], teacher[k])) ** 2 for k in range(2)]

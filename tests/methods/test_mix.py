@@ -106,7 +106,7 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
     inside = Boxes.draw(len(image), axes, settings.cutmix).inside(torch.device("cpu"))
     image, labels, weight = (small.mixed(inside, own, torch.stack(other)) for own, other in
                              zip((image, labels, weight), partners, strict=True))
-    image = intensity_view(image, settings)
+    image = intensity_view(image, settings, context.masked_channels)
     if settings.spatial_view != "none":
         mirrored = torch.rand(len(image), len(context.mirror_axes)) < 0.5
         for k in range(len(image)):

@@ -80,7 +80,7 @@ def test_by_default_the_certain_voxels_move_with_the_mixed_patches(small, region
     term = consistency(method, batch)
     torch.manual_seed(3)
     inside = CutMix.draw(batch.unlabelled, 0.5).inside
-    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings)
+    view = intensity_view(small.mixed(inside, batch.unlabelled), method.settings, ())
     activate = torch.sigmoid if regions else (lambda z: z.softmax(1))
     with torch.no_grad():
         teacher = activate(method.teacher.network(batch.unlabelled))
