@@ -482,8 +482,7 @@ def test_an_image_that_cannot_be_read_is_refused_before_a_teacher_trains(
     cut_off.write_bytes(cut_off.read_bytes()[:200])
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     assert cli.main([*CALL, "--out", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert f"1 image(s) cannot be read: {cut_off} (" in told and "Replace them, or remove these cases." in told
+    assert f"1 image(s) cannot be read. Replace them, or remove these cases: {cut_off} (" in capsys.readouterr().err
 
 
 def test_predictions_that_a_kill_cut_off_are_made_again(

@@ -277,9 +277,8 @@ def _check_images(source: Source, preprocessed: Path, reader_name: str) -> None:
     contents, unreadable = TrainingData(Path(source.folder), preprocessed, reader_name).contents(
         [file for files in (*labelled.values(), *unlabelled.values()) for file in files])
     if unreadable:
-        raise UserError(f"{len(unreadable)} image(s) cannot be read: "
-                        f"{'; '.join(f'{file} ({reason})' for file, reason in sorted(unreadable.items()))}. Replace "
-                        "them, or remove these cases.")
+        reasons = "; ".join(f"{file} ({reason})" for file, reason in sorted(unreadable.items()))
+        raise UserError(f"{len(unreadable)} image(s) cannot be read. Replace them, or remove these cases: {reasons}")
     pairs = find_duplicates(unlabelled, contents, labelled)
     if pairs:
         raise UserError(f"{len(pairs)} unlabelled case(s) hold the same image as a labelled case: "
