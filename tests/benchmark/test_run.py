@@ -247,7 +247,7 @@ def test_test_cases_that_are_training_cases_are_named(planned, capsys):
     raw = planned / "nnUNet_raw" / "Dataset001_Phantom"
     (planned / "study.yaml").write_text(STUDY)
     job = list_jobs(read_study(planned / "study.yaml"))[0]
-    planned_data.name_test_cases_in_training(job)
+    planned_data.check_test_cases(job)
     assert "WARNING" not in capsys.readouterr().out
     source = min(raw.glob("imagesUn/*_0000.nii.gz"))
     voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(source)))
@@ -256,7 +256,7 @@ def test_test_cases_that_are_training_cases_are_named(planned, capsys):
     try:
         for file, image in copies.items():
             sitk.WriteImage(sitk.GetImageFromArray(image), str(file))
-        planned_data.name_test_cases_in_training(job)
+        planned_data.check_test_cases(job)
     finally:
         for file in copies:
             file.unlink()
@@ -266,6 +266,17 @@ def test_test_cases_that_are_training_cases_are_named(planned, capsys):
     assert lines[0].startswith("WARNING: 1 pair(s) of a test case of Dataset001_Phantom and a training case are the "
                                f"same image: same_0000.nii.gz = {place}. Results on these test cases mean nothing")
     assert "seem to show the same scan" in lines[1] and f"flipped_0000.nii.gz = {place}. Results" in lines[1]
+
+
+def test_test_images_that_cannot_be_read_are_refused_before_training(planned):
+    (planned / "study.yaml").write_text(STUDY)
+    file = planned / "nnUNet_raw" / "Dataset001_Phantom" / "imagesTs" / "cut_off_0000.nii.gz"
+    file.write_bytes(b"nothing")
+    try:
+        with pytest.raises(UserError, match=f"1 image.s. cannot be read. Replace them, .* cases: {file} ."):
+            planned_data.check_test_cases(list_jobs(read_study(planned / "study.yaml"))[0])
+    finally:
+        file.unlink()
 
 
 def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(planned):

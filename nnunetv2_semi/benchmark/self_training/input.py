@@ -16,7 +16,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2_semi.benchmark.datasets.source_cases import Source
 from nnunetv2_semi.benchmark.self_training.stability import number_kept
 from nnunetv2_semi.benchmark.study.jobs import Folders
-from nnunetv2_semi.benchmark.training_data import TrainingData
+from nnunetv2_semi.benchmark.training_data import TrainingData, refuse_unreadable
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates, shown_pairs
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
@@ -276,9 +276,7 @@ def _check_images(source: Source, preprocessed: Path, reader_name: str) -> None:
                             for cases in (source.labelled, source.unlabelled))
     contents, unreadable = TrainingData(Path(source.folder), preprocessed, reader_name).contents(
         [file for files in (*labelled.values(), *unlabelled.values()) for file in files])
-    if unreadable:
-        reasons = "; ".join(f"{file} ({reason})" for file, reason in sorted(unreadable.items()))
-        raise UserError(f"{len(unreadable)} image(s) cannot be read. Replace them, or remove these cases: {reasons}")
+    refuse_unreadable(unreadable)
     pairs = find_duplicates(unlabelled, contents, labelled)
     if pairs:
         raise UserError(f"{len(pairs)} unlabelled case(s) hold the same image as a labelled case: "

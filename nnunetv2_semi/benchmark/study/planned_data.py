@@ -12,7 +12,7 @@ from filelock import FileLock
 from nnunetv2_semi import compat
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job
 from nnunetv2_semi.benchmark.study.study import Study
-from nnunetv2_semi.benchmark.training_data import TrainingData
+from nnunetv2_semi.benchmark.training_data import TrainingData, refuse_unreadable
 from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
@@ -110,15 +110,21 @@ def prepare_unlabelled_cases(job: Job) -> None:
                        num_processes=default_processes(), skip_unreadable=bool(semi.get("skip_unreadable", False)))
 
 
-def name_test_cases_in_training(job: Job) -> None:
-    """Print which test cases are training cases under another name, or seem to be: their results mean nothing."""
+def check_test_cases(job: Job) -> None:
+    """Print which test cases are training cases under another name, or seem to be: their results mean nothing.
+
+    Raises:
+        UserError: Images of test cases cannot be read, at which prediction would end after the trainings.
+    """
     from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes, shown_pairs
     from nnunetv2_semi.data.raw_cases import list_test_cases
 
     test = list_test_cases(str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json")))
     data = _training_data(job)
     training = data.images()
-    contents, _ = data.contents([file for files in (*training.values(), *test.values()) for file in files])
+    contents, unreadable = data.contents([file for files in (*training.values(), *test.values()) for file in files])
+    images = {file for files in test.values() for file in files}
+    refuse_unreadable({file: reason for file, reason in unreadable.items() if file in images})
     same, alike = (find(test, contents, training) for find in (find_duplicates, find_look_alikes))
     for pairs, what in ((same, "are the same image"), (alike, LOOK_ALIKE)):
         if pairs:

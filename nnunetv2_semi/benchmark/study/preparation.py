@@ -17,7 +17,7 @@ from nnunetv2_semi.benchmark.study.comparability import (
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job, jobs_of
 from nnunetv2_semi.benchmark.study.planned_data import (
     check_data_unchanged,
-    name_test_cases_in_training,
+    check_test_cases,
     note_data,
     plan_and_preprocess,
     prepare_unlabelled_cases,
@@ -77,7 +77,7 @@ def prepare(study: Study) -> PreparedStudy:
     check_comparable(study, jobs, facts)
     for dataset, its in by_dataset.items():
         write_split(study, its[0])
-        name_test_cases_in_training(its[0])
+        check_test_cases(its[0])
         if dataset in unlabelled:
             prepare_unlabelled_cases(next(job for job in its if job.role != "upper bound"))
         note_data(its[0])
