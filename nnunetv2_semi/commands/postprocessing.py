@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file, and say how it is applied.
 
     Raises:
-        UserError: there is no such data set, its labels cannot be used, or each structure has several components.
+        UserError: there is no such data set, its labels cannot be used, or no structure is left to be processed.
     """
     from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.postprocessing.remove_connected_components import (
@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
 
     folder = raw_dataset_folder(args.d)
     dataset, connected = os.path.basename(folder), connected_structures(folder)
-    if not connected:
-        raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
     instead = {name: label_instead(value, structures(folder).values()) for name, value in connected.items()}
     for name in [name for name, label in instead.items() if label is None]:
         print(f"{name} is left as predicted: what a removed island of it would belong to cannot be told.")
         del connected[name]
+    if not connected:
+        raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
     functions = [remove_all_but_largest_component_from_segmentation] * len(connected)
     options = [{"labels_or_regions": value, "background_label": instead[name]} for name, value in connected.items()]
     file = args.o or Path(nnUNet_preprocessed, dataset, FILE)

@@ -154,6 +154,7 @@ class Method(nn.Module):
         """
         if kind == "dice_ce":
             return self.context.weighted_loss(output, labels, counted)
+        labels = torch.where(counted > 0, labels, 0)  # the ignore label is no class
         return (voxel_cross_entropy(full_resolution(output), labels, self.context.regions) * counted).mean()
 
     def unlabelled_weight(self, weight: float, ramp_fraction: float = 0.0) -> float:

@@ -91,9 +91,10 @@ def test_islands_of_a_region_become_what_is_left_of_the_region_around_it(
     edit(data_set, {"background": 0, "all": [1, 2, 3], "core": 2, "ring": 1}, regions_class_order=[3, 2, 1])
     assert label_instead(2, [(1, 2, 3), 2, 1]) is None
     capsys.readouterr()
-    assert cli.main(["postprocessing", "-d", "7", "-o", str(file)]) == 0
-    printed = capsys.readouterr().out
-    assert "core is left as predicted" in printed and "ring is left as predicted" in printed
+    assert cli.main(["postprocessing", "-d", "7", "-o", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert "core is left as predicted" in printed.out and "ring is left as predicted" in printed.out
+    assert "nothing can be removed" in printed.err
 
 
 def test_nnunets_own_command_applies_it(
