@@ -40,12 +40,15 @@ def run(args: argparse.Namespace) -> int:
 
     folder = raw_dataset_folder(args.d)
     dataset, connected = os.path.basename(folder), connected_structures(folder)
-    instead = {name: label_instead(value, structures(folder).values()) for name, value in connected.items()}
+    if not connected:
+        raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
+    values = structures(folder).values()
+    instead = {name: label_instead(value, values) for name, value in connected.items()}
     for name in [name for name, label in instead.items() if label is None]:
         print(f"{name} is left as predicted: what a removed island of it would belong to cannot be told.")
         del connected[name]
     if not connected:
-        raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
+        raise UserError("Nothing is left that can be removed.")
     functions = [remove_all_but_largest_component_from_segmentation] * len(connected)
     options = [{"labels_or_regions": value, "background_label": instead[name]} for name, value in connected.items()]
     file = args.o or Path(nnUNet_preprocessed, dataset, FILE)
@@ -59,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
 def label_instead(value: Value, values: Iterable[Value]) -> int | None:
     """The label of what is left of the smallest of ``values`` around the region ``value``, without it.
 
-    0 where none is around it; None where several labels are left.
+    0 where none is around it; None where several labels are left, of one or of several as small.
     """
     own = set(_labels(value))
     around = [set(_labels(other)) for other in values if own < set(_labels(other))]
-    left = min(around, key=len) - own if around else {0}
+    smallest = min(map(len, around), default=0)
+    left = set().union(*(other for other in around if len(other) == smallest)) - own if around else {0}
     return left.pop() if len(left) == 1 else None
 
 

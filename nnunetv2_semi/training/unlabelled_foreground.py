@@ -103,6 +103,27 @@ def find_foreground(windows: Sequence[Window], dataset: nnUNetBaseDataset,
                    for label, parts in own.items()} for case, own in voxels.items()}
 
 
+def brought_up_to_date(known: ForegroundVoxels, windows: Sequence[Window], found: ForegroundVoxels) -> ForegroundVoxels:
+    """``known`` without its voxels inside ``windows``, and with those that were ``found`` there."""
+    result = dict(known)
+    for case, new in found.items():
+        own = [window for window in windows if window.case == case]
+        labels = {label: [rows[~_inside(rows, own)]] for label, rows in known.get(case, {}).items()}
+        for label, rows in new.items():
+            labels.setdefault(label, []).append(rows)
+        joined = {label: np.concatenate(parts) for label, parts in labels.items()}
+        result[case] = {label: rows for label, rows in joined.items() if len(rows)}
+    return {case: voxels for case, voxels in result.items() if voxels}
+
+
+def _inside(rows: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
+    """Whether each of ``rows`` (0, z, y, x) lies in one of ``windows``."""
+    inside = np.zeros(len(rows), dtype=bool)
+    for window in windows:
+        inside |= ((rows[:, 1:] >= window.lower) & (rows[:, 1:] < window.upper)).all(1)
+    return inside
+
+
 def look_again(trainer: nnUNetTrainerSemi) -> None:
     """Where it is due, ask the deployed network anew, and draw patches where it finds foreground from now on."""
     settings = trainer.settings
@@ -122,7 +143,7 @@ def look_again(trainer: nnUNetTrainerSemi) -> None:
     found = find_foreground(windows, dataset, compat.sliding_window(trainer, trainer.method.deployable()),
                             trainer.label_manager.has_regions, seed)
     trainer.set_deep_supervision_enabled(True)
-    trainer.foreground |= {case: voxels for case, voxels in found.items() if voxels}
+    trainer.foreground = brought_up_to_date(trainer.foreground, windows, found)
     trainer.print_to_log_file(f"Unlabelled foreground: {len(windows)} windows of {len(found)} cases predicted; known "
                               f"in {len(trainer.foreground)} of {len(shapes)} cases.")
     trainer.dataloader_train.close()

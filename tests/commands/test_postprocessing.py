@@ -90,11 +90,13 @@ def test_islands_of_a_region_become_what_is_left_of_the_region_around_it(
     assert np.array_equal(apply_postprocessing(predicted, *pickle.loads(file.read_bytes())), expected)
     edit(data_set, {"background": 0, "all": [1, 2, 3], "core": 2, "ring": 1}, regions_class_order=[3, 2, 1])
     assert label_instead(2, [(1, 2, 3), 2, 1]) is None
+    assert label_instead(2, [(1, 2), (2, 3)]) is None and label_instead(2, [(1, 2, 3, 4), (2, 3)]) == 3
+    assert label_instead((2, 3), [(1, 2, 3), 4]) == 1 and label_instead(4, [(1, 2, 3), 4]) == 0
     capsys.readouterr()
     assert cli.main(["postprocessing", "-d", "7", "-o", str(file)]) == 1
     printed = capsys.readouterr()
     assert "core is left as predicted" in printed.out and "ring is left as predicted" in printed.out
-    assert "nothing can be removed" in printed.err
+    assert "Nothing is left that can be removed." in printed.err
 
 
 def test_nnunets_own_command_applies_it(

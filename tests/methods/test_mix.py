@@ -134,7 +134,8 @@ def expected_terms(small, naive_weighted_dice_ce, method, batch):
     {}, {"voxels": "class"}, {"voxels": "weighted"}, {"voxels": "all"}, {"partner": "labelled"}, {"partner": "both"},
     {"spatial_view": "flips"}, {"spatial_view": "affine"},
     {"labelled_mixing": 0.0}, {"labelled_mixing": 0.5, "labelled_box": 0.75},
-    {"pseudo_weight": 2.0, "cutmix": 0.0}, {"pseudo_loss": "ce"}, {"pseudo_loss": "ce", "voxels": "weighted", "partner": "both"},
+    {"pseudo_weight": 2.0, "cutmix": 0.0}, {"pseudo_loss": "ce"},
+    {"pseudo_loss": "ce", "voxels": "weighted", "partner": "both"},
     {"partner": "both", "spatial_view": "flips", "voxels": "weighted"}])
 @pytest.mark.parametrize("kinds", [{}, {"regions": True}, {"ignore_label": 3},
                                    {"regions": True, "ignore_label": 3, "deep_supervision": True}])

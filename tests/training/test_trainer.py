@@ -85,6 +85,17 @@ def test_control_and_method_see_the_same_labelled_batches_and_start_alike(tools,
     assert "unlabelled" not in batches[0] and batches[1]["unlabelled"]["data"].shape == (2, 2, 16, 20, 16)
 
 
+def test_methods_are_told_which_channels_nnunet_normalises_within_a_mask(tools, workspace):
+    path = tools.plans_path(workspace)
+    plans = json.loads(path.read_text())
+    for configuration in plans["configurations"].values():
+        configuration["use_mask_for_norm"] = [False, True]
+    path.write_text(json.dumps(plans))
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiMix")
+    trainer.initialize()
+    assert trainer.method.context.masked_channels == (1,)
+
+
 def test_unlabelled_weight_zero_is_the_control(tools, workspace):
     tools.set_semi(workspace, num_epochs=1, unlabelled_weight=0.0)
     students = []

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semi.training.unlabelled_foreground import Window, find_foreground, is_due, windows_to_predict
+from nnunetv2_semi.training.unlabelled_foreground import (
+    Window,
+    brought_up_to_date,
+    find_foreground,
+    is_due,
+    windows_to_predict,
+)
 
 
 def stored(image):
@@ -70,6 +76,17 @@ def test_the_cost_decides_how_many_windows_are_predicted_and_the_seed_which():
     assert first == again != other
 
 
+def test_a_later_look_replaces_what_an_earlier_one_found_in_the_same_windows_alone():
+    def rows(*voxels):
+        return np.array([(0, *voxel) for voxel in voxels])
+    known = {"a": {0: rows((0, 0, 0), (5, 5, 5)), 1: rows((1, 1, 1))}, "b": {0: rows((2, 2, 2))}}
+    windows = [Window("a", (0, 0, 0), (4, 4, 4)), Window("c", (0, 0, 0), (4, 4, 4)), Window("d", (0, 0, 0), (4, 4, 4))]
+    found = {"a": {0: rows((3, 3, 3))}, "c": {1: rows((2, 0, 0))}, "d": {}}
+    new = brought_up_to_date(known, windows, found)
+    assert {case: {label: own.tolist() for label, own in voxels.items()} for case, voxels in new.items()} == {
+        "a": {0: [[0, 5, 5, 5], [0, 3, 3, 3]]}, "b": {0: [[0, 2, 2, 2]]}, "c": {1: [[0, 2, 0, 0]]}}
+
+
 def test_the_network_looks_at_three_points_of_training():
     assert [epoch for epoch in range(1000) if is_due(epoch, 1000)] == [100, 300, 600]
     assert [epoch for epoch in range(4) if is_due(epoch, 4)] == [1, 2, 3]
@@ -89,6 +106,7 @@ def test_half_of_the_patches_is_drawn_where_the_network_found_foreground(tools, 
         logits[1, 0, -1, -1] = 1.0  # one voxel of the first label
         return logits
     monkeypatch.setattr("nnunetv2_semi.compat.sliding_window", lambda trainer, network: predict)
+    monkeypatch.setattr("nnunetv2_semi.training.unlabelled_foreground._COST", 0.5)
 
     at_start = trainer.on_train_epoch_start
 
@@ -108,7 +126,13 @@ def test_half_of_the_patches_is_drawn_where_the_network_found_foreground(tools, 
     forced = [(lower, voxels) for epoch, forced, lower, voxels in seen if epoch == 1 and forced]
     share = len(forced) / sum(epoch == 1 for epoch, *_ in seen)
     assert share == pytest.approx(0.5)
-    size = trainer.dataloader_train.batches.loaders["unlabelled"].patch_size
+    loader = trainer.dataloader_train.batches.loaders["unlabelled"]
+    shapes = {case: loader._data.load_case(case)[0].shape[1:] for case in loader._data.identifiers}
+    patches = trainer.num_epochs * trainer.num_iterations_per_epoch * 6
+    windows = windows_to_predict(shapes, trainer.configuration_manager.patch_size, patches, trainer.settings.seed + 1)
+    assert len(windows) > 2
+    marked = {(window.case, 0, window.lower[0], window.upper[1] - 1, window.upper[2] - 1) for window in windows}
+    assert marked == {(case, *voxel) for case, voxels in trainer.foreground.items() for voxel in voxels[0].tolist()}
     for lower, voxels in forced:
-        assert any((lower <= voxel).all() and (voxel < lower + size).all() for voxel in voxels[0][:, 1:])
+        assert any((lower <= voxel).all() and (voxel < lower + loader.patch_size).all() for voxel in voxels[0][:, 1:])
     assert math.isfinite(trainer.logger.get_value("train_losses", step=None)[-1])
