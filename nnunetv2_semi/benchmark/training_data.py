@@ -91,5 +91,5 @@ class TrainingData:
 def refuse_unreadable(reasons: Mapping[str, str]) -> None:
     """Raise UserError where images, told with the reason of each, cannot be read."""
     if reasons:
-        files = "; ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items()))
+        files = shown([f"{file} ({reason})" for file, reason in sorted(reasons.items())])
         raise UserError(f"{len(reasons)} image(s) cannot be read. Replace them, or remove these cases: {files}")

@@ -36,13 +36,14 @@ def run(args: argparse.Namespace) -> int:
     )
 
     from nnunetv2_semi.data.atomic_files import whole_file
+    from nnunetv2_semi.data.dataset_json import read_dataset_json
     from nnunetv2_semi.data.raw_cases import raw_dataset_folder
 
     folder = raw_dataset_folder(args.d)
     dataset, connected = os.path.basename(folder), connected_structures(folder)
     if not connected:
         raise UserError(f"No structure of {dataset} is connected in every labelled case, so nothing can be removed.")
-    values = structures(folder).values()
+    values = structures(read_dataset_json(os.path.join(folder, "dataset.json"))).values()
     instead = {name: label_instead(value, values) for name, value in connected.items()}
     for name in [name for name, label in instead.items() if label is None]:
         print(f"{name} is left as predicted: what a removed island of it would belong to cannot be told.")
@@ -71,16 +72,9 @@ def label_instead(value: Value, values: Iterable[Value]) -> int | None:
     return left.pop() if len(left) == 1 else None
 
 
-def structures(raw_dataset_folder: str) -> dict[str, Value]:
-    """Foreground labels and regions of dataset.json by name.
-
-    Raises:
-        UserError: it has mistakes.
-    """
-    from nnunetv2_semi.data.dataset_json import read_dataset_json
-
-    labels = read_dataset_json(os.path.join(raw_dataset_folder, "dataset.json"))["labels"]
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in labels.items()
+def structures(dataset_json: dict) -> dict[str, Value]:
+    """Foreground labels and regions by name."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in dataset_json["labels"].items()
             if name not in ("background", "ignore")}  # fmt: skip
 
 
@@ -109,7 +103,7 @@ def connected_structures(raw_dataset_folder: str) -> dict[str, Value]:
     if not files:
         raise UserError(f"There are no labelled cases in {raw_dataset_folder}.")
     reader = recursive_find_reader_writer_by_name(name_of_reader(dataset_json, files[0]))()
-    values = structures(raw_dataset_folder)
+    values = structures(dataset_json)
     classes = {name: _labels(value) for name, value in values.items()}
 
     def read(file: str) -> np.ndarray:

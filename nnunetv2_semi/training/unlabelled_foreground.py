@@ -62,7 +62,7 @@ def windows_to_predict(shapes: Mapping[str, Sequence[int]], patch_size: Sequence
     windows = []
     for number in sorted(chosen):
         of = int(np.searchsorted(ends, number, side="right"))
-        place = np.unravel_index(ends[of] - 1 - number, grids[of])
+        place = np.unravel_index(ends[of] - 1 - number, grids[of])  # counted from the case's last window
         extents = list(zip(place, grids[of], shapes[names[of]], sides[names[of]], strict=True))
         lower = tuple(round(step * (size - side) / max(count - 1, 1)) for step, count, size, side in extents)
         upper = tuple(min(first + side, size) for first, (_, _, size, side) in zip(lower, extents, strict=True))
