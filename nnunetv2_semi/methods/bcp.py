@@ -63,8 +63,8 @@ class BCPSettings(BaseSettings):
     )
 
     @property
-    def mixes_labelled(self) -> bool:
-        return self.plain_labelled and self.pretrain_fraction > 0
+    def labelled_mixing_by(self) -> str | None:
+        return "pretrain_fraction" if self.plain_labelled and self.pretrain_fraction > 0 else None
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ class Settings(BaseModel):
         return False
 
     @property
-    def mixes_labelled(self) -> bool:
-        """Whether boxes of other labelled patches are pasted into labelled ones."""
-        return False
+    def labelled_mixing_by(self) -> str | None:
+        """The setting by which boxes of other labelled patches are pasted into labelled ones; None: there are none."""
+        return None
 
     def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
         """Warnings of what cannot act where a step of a process has so few patches of each kind."""
@@ -143,10 +143,9 @@ class Settings(BaseModel):
         if self.mixes_unlabelled and unlabelled == 1 and self.unlabelled_weight > 0:
             warnings.append('a step has one unlabelled patch (on a GPU), so "cutmix" has no other one to take a box '
                             'from and changes nothing. Set "unlabelled_batch_size" to at least 2 for each GPU.')
-        if self.mixes_labelled and labelled == 1:
-            warnings.append("a step has one labelled patch (on a GPU): there is no other one to paste a box of, "
-                            "so the loss on labelled patches pasted into each other counts for nothing. Plan a "
-                            "larger batch_size.")
+        if self.labelled_mixing_by and labelled == 1:
+            warnings.append(f'a step has one labelled patch (on a GPU), so "{self.labelled_mixing_by}" has no other '
+                            "one to take a box from and counts for nothing. Plan a larger batch_size.")
         return warnings
 
     def teacher_decay(self, ema_decay: float | None) -> float:

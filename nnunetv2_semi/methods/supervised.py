@@ -26,8 +26,8 @@ class SupervisedSettings(BaseSettings):
     labelled_box: float = setting(0.5, "sides of the pasted box, as a share of the patch's", at_least=0, at_most=1)
 
     @property
-    def mixes_labelled(self) -> bool:
-        return self.labelled_mixing > 0
+    def labelled_mixing_by(self) -> str | None:
+        return "labelled_mixing" if self.labelled_mixing > 0 else None
 
 
 class Supervised(Method):

@@ -3,13 +3,12 @@ import json
 import pytest
 
 from nnunetv2_semi.errors import UserError
-from nnunetv2_semi.methods.bcp import BCPSettings
 from nnunetv2_semi.methods.cps import CPS
 from nnunetv2_semi.methods.fixmatch import FixMatch
 from nnunetv2_semi.methods.fusion import Fusion
 from nnunetv2_semi.methods.mass import MASS
 from nnunetv2_semi.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
-from nnunetv2_semi.methods.mix import Mix, MixSettings
+from nnunetv2_semi.methods.mix import Mix
 from nnunetv2_semi.methods.rcps import RCPS
 from nnunetv2_semi.methods.semi_cml import SemiCML, SemiCMLSettings
 from nnunetv2_semi.methods.settings import (
@@ -21,7 +20,6 @@ from nnunetv2_semi.methods.settings import (
     settings_from_plan,
     value_range,
 )
-from nnunetv2_semi.methods.supervised import SupervisedSettings
 from nnunetv2_semi.methods.synfoc import SynFoC
 from nnunetv2_semi.methods.uamt import UAMT
 
@@ -139,16 +137,3 @@ def test_a_field_declared_again_keeps_meaning_and_range_and_its_parent_its_defau
     assert (paper_value(new), paper_value(old), value_range(new)) == (0.2, ..., "at least 0")
     with pytest.raises(UserError, match="noise must be at least 0"):
         Again(noise=-1.0)
-
-
-@pytest.mark.parametrize("settings, unlabelled, labelled", [
-    (MixSettings(), True, True), (MixSettings(labelled_mixing=0.0, cutmix=0.0), False, False),
-    (MixSettings(partner="labelled"), False, True), (SupervisedSettings(), False, False),
-    (SupervisedSettings(labelled_mixing=1.0), False, True), (BCPSettings(), False, True),
-    (BCPSettings(pretrain_fraction=0.0), False, False), (BCPSettings(plain_labelled=False), False, False),
-    (MeanTeacherSettings(), True, False), (MeanTeacherSettings(unlabelled_weight=0.0), False, False)])
-def test_where_a_step_has_one_patch_of_a_kind_the_log_says_what_cannot_act(settings, unlabelled, labelled):
-    warnings = settings.of_lone_patches(labelled=1, unlabelled=1)
-    assert [("one unlabelled patch" in warning, "one labelled patch" in warning) for warning in warnings] \
-        == [(True, False)] * unlabelled + [(False, True)] * labelled
-    assert settings.of_lone_patches(labelled=2, unlabelled=2) == []

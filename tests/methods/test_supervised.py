@@ -3,6 +3,7 @@ import torch
 
 from nnunetv2_semi.data.boxes import Boxes
 from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.methods.bcp import BCPSettings
 from nnunetv2_semi.methods.contract import Batch
 from nnunetv2_semi.methods.cps import CPSSettings
 from nnunetv2_semi.methods.fixmatch import FixMatchSettings
@@ -76,11 +77,13 @@ def test_a_single_patch_counts_once_and_patches_with_other_channels_stay_as_they
     (MixSettings(partner="both"), 2, 1, ["cutmix"]), (MixSettings(unlabelled_weight=0.0), 2, 1, []),
     (MeanTeacherSettings(), 1, 1, ["cutmix"]), (MeanTeacherSettings(perturbation="noise"), 1, 1, []),
     (CPSSettings(), 1, 1, ["cutmix"]), (CPSSettings(perturb=False), 1, 1, []), (RCPSSettings(), 1, 1, ["cutmix"]),
+    (BCPSettings(), 1, 1, ["pretrain_fraction"]), (BCPSettings(), 2, 1, []),
+    (BCPSettings(pretrain_fraction=0.0), 1, 1, []), (BCPSettings(plain_labelled=False), 1, 1, []),
 ])
 def test_what_needs_another_patch_and_has_none_is_told(settings, labelled, unlabelled, named):
     warnings = settings.of_lone_patches(labelled, unlabelled)
-    assert sorted(name for warning in warnings for name in ("cutmix", "labelled_mixing") if f'"{name}"' in warning) \
-        == named
+    names = ("cutmix", "labelled_mixing", "pretrain_fraction")
+    assert sorted(name for warning in warnings for name in names if f'"{name}"' in warning) == named
 
 
 def test_both_arrangements_do_the_same_steps(small):
