@@ -111,7 +111,7 @@ def test_a_case_moved_to_the_unlabelled_ones_is_a_problem(preprocessed: Path) ->
 
 def test_a_changed_image_is_a_problem(preprocessed: Path) -> None:
     rewrite(cases(preprocessed, "imagesTr")[0], value=77)
-    assert "its image changed since it was preprocessed" in only(found(Level.PROBLEM)).finding
+    assert "its image, or the plans, changed" in only(found(Level.PROBLEM)).finding
 
 
 def test_a_preprocessed_case_that_is_no_image_is_a_problem(preprocessed: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,10 +86,3 @@ class TrainingData:
     def note(self, record: Path) -> None:
         """Write down what `check_same` compares."""
         write_json_whole(str(record), self.digests)
-
-
-def refuse_unreadable(reasons: Mapping[str, str]) -> None:
-    """Raise UserError where images, told with the reason of each, cannot be read."""
-    if reasons:
-        files = shown([f"{file} ({reason})" for file, reason in sorted(reasons.items())])
-        raise UserError(f"{len(reasons)} image(s) cannot be read. Replace them, or remove these cases: {files}")

@@ -63,7 +63,7 @@ def read_dataset_settings(dataset_json: dict, where: str = "dataset.json") -> Da
     if unknown:
         raise UserError(f'"semi" in {where} has the unknown key {_list(unknown)}. Allowed: {_list(_ALLOWED_KEYS)}.')
     return DatasetSettings(
-        modalities=_modalities(settings["modalities"], num_channels(dataset_json), where)
+        modalities=checked_modalities(settings["modalities"], num_channels(dataset_json), where)
         if "modalities" in settings
         else None,
         domains=_domains(settings.get("domains", {}), where),
@@ -92,7 +92,11 @@ def _pixels(value: object, where: str) -> int | None:
     return value
 
 
-def _modalities(value: object, channel_count: int, where: str) -> dict[str, tuple[int, ...]]:
+def checked_modalities(value: object, channel_count: int, where: str) -> dict[str, tuple[int, ...]]:
+    """Channels of each modality, as ``where`` has them.
+
+    Raises UserError for a channel that does not exist or has two modalities, and for names that share a folder.
+    """
     expected = '"modalities" must name the channels of each modality, for example {"CT": [0], "MR": [1, 2]}'
     if not isinstance(value, dict) or not value:
         raise UserError(f"{expected}; {where} has {value!r}.")

@@ -21,7 +21,7 @@ from nnunetv2_semi.data.cached_reading import companion_files, read_cached
 from nnunetv2_semi.data.file_integrity import check_file_complete
 from nnunetv2_semi.data.grids import Grid, grid_difference, grid_of
 from nnunetv2_semi.data.thumbnails import thumbnail
-from nnunetv2_semi.errors import UserError
+from nnunetv2_semi.errors import UserError, shown
 
 HASHES_FILE = "semi_content_hashes.json"
 LABELS_FILE = "semi_label_contents.json"
@@ -190,3 +190,10 @@ def _digest(voxels: np.ndarray) -> str:
     hasher = hashlib.blake2b(repr(voxels.shape).encode(), digest_size=20)
     hasher.update(voxels.data)
     return hasher.hexdigest()
+
+
+def refuse_unreadable(reasons: Mapping[str, str]) -> None:
+    """Raise UserError where images, told with the reason of each, cannot be read."""
+    if reasons:
+        files = shown([f"{file} ({reason})" for file, reason in sorted(reasons.items())])
+        raise UserError(f"{len(reasons)} image(s) cannot be read. Replace them, or remove these cases: {files}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import math
 import os
-from typing import cast
 
-import nibabel
-from nibabel.arrayproxy import ArrayProxy
+from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 _CHUNK_BYTES = 1 << 20
 _STARTS_OF_NIFTI = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c")  # the size of its header, in either order of bytes
@@ -33,10 +35,8 @@ def check_file_complete(path: str) -> None:
     size = _decompressed_size(path) if path.endswith(".gz") and not misnamed else os.path.getsize(path)
     if not path.endswith((".nii", ".nii.gz")):
         return
-    # the voxels are not read: the proxy knows where and how large they are
-    image = _misnamed(path) if misnamed else nibabel.load(path)
-    voxels = cast(ArrayProxy, cast(nibabel.Nifti1Image, image).dataobj)
-    expected = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
+    header = _header(path, compressed=path.endswith(".gz") and not misnamed)
+    expected = header.get_data_offset() + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
     if size < expected:
         raise OSError(f"the file is cut off: {size} bytes of {expected}")
 
@@ -46,10 +46,18 @@ def _is_plain_nifti(path: str) -> bool:
         return file.read(4) in _STARTS_OF_NIFTI
 
 
-def _misnamed(path: str) -> nibabel.Nifti1Image:
-    """Of an uncompressed NIfTI file whose name says that it is compressed."""
-    with open(path, "rb") as file:
-        return nibabel.Nifti1Image.from_file_map({"image": nibabel.FileHolder(fileobj=file)})
+def _header(path: str, compressed: bool) -> Nifti1Header:
+    """Of a NIfTI file of either version; its orientation, of which readers tolerate more than nibabel, is not read."""
+    start = b""
+    with gzip.open(path) if compressed else open(path, "rb") as file:
+        # one piece at a time: what lies behind the compressed stream is no mistake
+        while len(start) < Nifti2Header.sizeof_hdr and (piece := file.read1(Nifti2Header.sizeof_hdr - len(start))):
+            start += piece
+    try:
+        kind = Nifti1Header if start[:4] in _STARTS_OF_NIFTI else Nifti2Header
+        return kind(start[: kind.sizeof_hdr])
+    except (HeaderDataError, WrapStructError) as error:
+        raise ImageFileError(f"no valid NIfTI header: {error}") from error
 
 
 def _decompressed_size(path: str) -> int:

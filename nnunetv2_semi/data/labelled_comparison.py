@@ -23,17 +23,18 @@ from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.cached_reading import companion_files, saved_now_and_then
 from nnunetv2_semi.data.case_channels import PRESENT_CHANNELS
 from nnunetv2_semi.data.case_preprocessing import PreprocessingJob, stored_image_problem
+from nnunetv2_semi.data.case_records import plans_digest
 from nnunetv2_semi.data.dataset_settings import num_channels
-from nnunetv2_semi.data.file_contents import FileContent, file_contents
+from nnunetv2_semi.data.file_contents import FileContent, file_contents, refuse_unreadable
 from nnunetv2_semi.data.grids import same_spacing
 from nnunetv2_semi.data.label_files import Labels, read_labels
 from nnunetv2_semi.data.raw_cases import list_labelled_cases
-from nnunetv2_semi.data.resampled_size import NO_RESAMPLING
+from nnunetv2_semi.data.resampled_size import NO_RESAMPLING, resampled_shape
 from nnunetv2_semi.data.thumbnails import look_alikes, thumbnail
 from nnunetv2_semi.errors import UserError, one_line
 from nnunetv2_semi.processes.pool import results_in_parallel
 
-_RECORD_VERSION = 1
+_RECORD_VERSION = 2
 _TOLERANCE = 1e-3  # of normalised intensities: other versions of the same libraries round otherwise
 
 
@@ -89,7 +90,10 @@ def read_labelled(
     report: Callable[[str], None] = print,
     show_progress_bar: bool = True,
 ) -> tuple[dict[str, FileContent], Labels]:
-    """Read images, by file, and labels of the labelled cases of the raw data set, with the caches beside the plans."""
+    """Read images, by file, and labels of the labelled cases of the raw data set, with the caches beside the plans.
+
+    Raises UserError for images that cannot be read.
+    """
     raw_dataset_folder = os.path.join(nnUNet_raw, plans_manager.dataset_name)
     images, unreadable = file_contents(
         [file for files in list_labelled_cases(raw_dataset_folder, dataset_json).values() for file in files],
@@ -101,8 +105,7 @@ def read_labelled(
         report=report,
     )
     labels = read_labels(plans_manager, dataset_json, raw_dataset_folder, num_processes, show_progress_bar, report)
-    for file, reason in unreadable.items():
-        report(f"WARNING: {file} cannot be read ({reason}), so its preprocessed case was not compared with it.")
+    refuse_unreadable(unreadable)
     return images, labels
 
 
@@ -121,8 +124,8 @@ def compare_with_raw(
 
     What a case was made of is recorded when it is first seen: then its size and voxel size are compared, and where a
     raw file is younger than the preprocessed one, its image looks another, or its label is another than nnU-Net's copy,
-    the case is preprocessed in memory and compared voxel by voxel. From then on contents tell, and a copied or touched
-    file is the same.
+    or its size is not that of the plans, the case is preprocessed in memory and compared voxel by voxel. From then on
+    contents and plans tell, and a copied or touched file is the same.
     Arguments as `nnunetv2_semi.data.labelled_checks.check_labelled_cases`, and `images` (by file) and `labels` as
     `read_labelled` gives them: cases with files that it could not read are not compared.
     """
@@ -153,7 +156,7 @@ def _changed_and_unusable(
     """Of cases that are raw and preprocessed: what changed, and why an image is none."""
     name = f"semi_labelled_{os.path.basename(job.folder)}.json"
     record_file = os.path.join(os.path.dirname(job.folder), name)
-    record = read_json_object(record_file) or {}
+    record, plans = read_json_object(record_file) or {}, plans_digest(job.plans_manager, job.configuration_manager)
     known: dict[str, dict] = record.get("cases", {}) if record.get("version") == _RECORD_VERSION else {}
     current = {case: known[case] for case in raw if case in known}
     changed: dict[str, str] = {}
@@ -169,7 +172,7 @@ def _changed_and_unusable(
             else:
                 thumbnails = [images[file].thumbnail for file in files[case][0]]
                 tasks.append((case, *files[case], thumbnails, _may_be_another(job, case, *files[case])))
-        elif entry["raw"] != identity:
+        elif entry["raw"] != identity or entry["plans"] != plans:
             tasks.append((case, *files[case], [], True))
     content = {"version": _RECORD_VERSION, "cases": current}
     with saved_now_and_then(record_file if tasks else None, content, report) as save:
@@ -184,7 +187,7 @@ def _changed_and_unusable(
                 changed[case] = difference
             else:
                 made = _preprocessed_identity(job.folder, case)
-                current[case] = {"preprocessed": made, "raw": raw[case], "problem": problem}
+                current[case] = {"preprocessed": made, "raw": raw[case], "plans": plans, "problem": problem}
             save()
     unusable = {case: current[case]["problem"] for case in raw
                 if case not in changed and current[case]["problem"] is not None}
@@ -212,7 +215,7 @@ def _difference_anew(job: PreprocessingJob, case: str, images: list[str], label:
         return f"cannot be preprocessed any more: {one_line(error)}"
     stored_image, stored_segmentation, *_ = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
     if not _close(stored_image[:], image):
-        return "its image changed since it was preprocessed"
+        return "its image, or the plans, changed since it was preprocessed"
     if not np.array_equal(stored_segmentation[:], segmentation):
         return "its label changed since it was preprocessed"
     return None
@@ -240,13 +243,25 @@ def _header_difference(job: PreprocessingJob, case: str, images: Sequence[FileCo
 
 
 def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], label: str) -> bool:
-    """Whether the files' times, or nnU-Net's copy of the label, leave open what the case was made of."""
+    """Whether its size, the files' times, or nnU-Net's copy of the label leave open what the case was made of."""
+    if not _has_size_of_plans(job, case):
+        return True
     made = os.path.getmtime(os.path.join(job.folder, f"{case}.pkl"))
     sources = [*images, label]
     if any(os.path.getmtime(file) > made for source in sources for file in (source, *companion_files(source))):
         return True
     copy = os.path.join(os.path.dirname(job.folder), "gt_segmentations", case + job.dataset_json["file_ending"])
     return os.path.isfile(copy) and not filecmp.cmp(copy, label, shallow=False)
+
+
+def _has_size_of_plans(job: PreprocessingJob, case: str) -> bool:
+    image, _, _, properties = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
+    if job.configuration_manager.configuration.get("resampling_fn_data") == NO_RESAMPLING:
+        return True
+    cropped = [properties["shape_after_cropping_and_before_resampling"][axis]
+               for axis in np.argsort(job.plans_manager.transpose_forward)]
+    return tuple(image.shape[1:]) == resampled_shape(cropped, properties["spacing"], job.plans_manager,
+                                                     job.configuration_manager)
 
 
 def _looks_as_stored(job: PreprocessingJob, case: str, images: list[str], label: str,

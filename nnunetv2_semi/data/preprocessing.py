@@ -118,13 +118,12 @@ def prepare_unlabelled(
             job, readable, contents, lacking, records, num_processes, show_progress_bar, report)
         unusable |= {case: f"{', '.join(readable[case])} ({problem})" for case, problem in no_images.items()}
 
-        reasons = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
-        reasons += [f"labelled case {case} ({difference})" for case, files in labelled.items()
-                    if (difference := geometry_difference(files, contents)) is not None]
-        reasons += list(unusable.values())
-        _refuse_or_report_unusable(reasons, skip_unreadable, report)
+        of_labelled = [f"{file} ({reason})" for file, reason in unreadable_files.items() if file not in _files(cases)]
+        of_labelled += [f"labelled case {case} ({difference})" for case, files in labelled.items()
+                        if (difference := geometry_difference(files, contents)) is not None]
+        _refuse_or_report_unusable(of_labelled, list(unusable.values()), skip_unreadable, report)
         if len(unusable) == len(cases):
-            raise UserError(f"None of the unlabelled cases can be used: {'; '.join(reasons)}.")
+            raise UserError(f"None of the unlabelled cases can be used: {'; '.join(unusable.values())}.")
         return UnlabelledCases(folder, sorted(set(cases) - set(unusable)), sorted(unusable))
 
 
@@ -224,14 +223,18 @@ def _cases_of_impossible_size(
     return impossible
 
 
-def _refuse_or_report_unusable(reasons: list[str], skip_unreadable: bool, report: Callable[[str], None]) -> None:
-    if reasons and not skip_unreadable:
+def _refuse_or_report_unusable(
+    of_labelled: list[str], of_unlabelled: list[str], skip_unreadable: bool, report: Callable[[str], None]
+) -> None:
+    """Labelled cases are never left out."""
+    refused = of_labelled if skip_unreadable else [*of_labelled, *of_unlabelled]
+    if refused:
         raise UserError(
-            f"{len(reasons)} image(s) or case(s) cannot be used: {'; '.join(reasons)}. Replace or remove these files "
+            f"{len(refused)} image(s) or case(s) cannot be used: {'; '.join(refused)}. Replace or remove these files "
             f"(all other unlabelled cases are preprocessed already). To leave out such unlabelled cases with a "
             f'warning, set "skip_unreadable": true in the "semi" object of the configuration in the plans file.'
         )
-    for reason in reasons:
+    for reason in of_unlabelled:
         report(f"WARNING: left out, because it cannot be used: {reason}")
 
 

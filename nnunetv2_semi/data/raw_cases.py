@@ -91,10 +91,7 @@ def labelled_file_mistakes(raw_dataset_folder: str, dataset_json: dict) -> list[
     _, unnumbered = _channels_per_case(folder, dataset_json["file_ending"], hidden=True)
     mistakes = []
     if forks:
-        mistakes.append(
-            f"{len(forks)} file(s) in {folder} are no images, but nnU-Net reads them as cases: {shown(forks)}. macOS "
-            f"writes such files beside copied ones: remove all files whose names begin with {RESOURCE_FORK}."
-        )
+        mistakes.append(_forks_message(folder, forks))
     if broken:
         targets = [f"{name} -> {os.readlink(os.path.join(folder, name))}" for name in broken]
         mistakes.append(
@@ -121,6 +118,17 @@ def image_files(folder: str, file_ending: str) -> list[str]:
 def resource_forks(folder: str, file_ending: str) -> list[str]:
     """Names of the files that macOS has written beside images that it copied, which nnU-Net takes for images."""
     return [name for name in image_files(folder, file_ending) if name.startswith(RESOURCE_FORK)]
+
+
+def refuse_resource_forks(folder: str, file_ending: str) -> None:
+    """Raise UserError where nnUNetv2_predict would end at such a file."""
+    if forks := resource_forks(folder, file_ending):
+        raise UserError(_forks_message(folder, forks))
+
+
+def _forks_message(folder: str, forks: list[str]) -> str:
+    return (f"{len(forks)} file(s) in {folder} are no images, but nnU-Net reads them as cases: {shown(forks)}. macOS "
+            f"writes such files beside copied ones: remove all files whose names begin with {RESOURCE_FORK}.")
 
 
 def cases_in(folder: str, file_ending: str) -> set[str]:

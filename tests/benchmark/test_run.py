@@ -279,6 +279,31 @@ def test_test_images_that_cannot_be_read_are_refused_before_training(planned):
         file.unlink()
 
 
+def test_files_that_macos_writes_beside_test_images_are_refused_before_training(planned):
+    (planned / "study.yaml").write_text(STUDY)
+    file = planned / "nnUNet_raw" / "Dataset001_Phantom" / "imagesTs" / "._test_0000.nii.gz"
+    file.write_bytes(b"nothing")
+    try:
+        with pytest.raises(UserError, match="1 file.s. in .*imagesTs are no images, .*: ._test_0000.nii.gz. macOS"):
+            planned_data.check_test_cases(list_jobs(read_study(planned / "study.yaml"))[0])
+    finally:
+        file.unlink()
+
+
+@pytest.mark.parametrize("which", ["dataset.json", "plans"])
+def test_a_file_that_is_not_valid_json_is_named(planned, which):
+    (planned / "study.yaml").write_text(STUDY)
+    job = list_jobs(read_study(planned / "study.yaml"))[0]
+    file = job.raw / "dataset.json" if which == "dataset.json" else job.base_plans_file
+    before = file.read_text()
+    file.write_text(before.rstrip()[:-1] + ",}")
+    try:
+        with pytest.raises(UserError, match=f"{file}"):
+            job.test_cases() if which == "dataset.json" else job.own_plans()
+    finally:
+        file.write_text(before)
+
+
 def test_nnunets_split_is_written_once_and_folds_that_it_lacks_are_refused(planned):
     split = planned / "nnUNet_preprocessed" / "Dataset001_Phantom" / "splits_final.json"
     (planned / "folds.yaml").write_text(STUDY + "folds: [all, 2]\n")

@@ -483,6 +483,9 @@ def test_an_image_that_cannot_be_read_is_refused_before_a_teacher_trains(
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     assert cli.main([*CALL, "--out", str(tmp_path / "out")]) == 1
     assert f"1 image(s) cannot be read. Replace them, or remove these cases: {cut_off} (" in capsys.readouterr().err
+    cut_off.with_name(f"._{cut_off.name}").touch()
+    assert cli.main([*CALL, "--out", str(tmp_path / "out")]) == 1
+    assert f"nnU-Net reads them as cases: ._{cut_off.name}" in capsys.readouterr().err
 
 
 def test_predictions_that_a_kill_cut_off_are_made_again(

@@ -84,3 +84,23 @@ def test_a_file_that_is_not_there_or_a_link_to_none_is_told(tmp_path):
     (tmp_path / "link.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
     with pytest.raises(FileNotFoundError, match="a link to .*gone.nii.gz, which is not there"):
         check_file_complete(str(tmp_path / "link.nii.gz"))
+
+
+def test_an_orientation_that_nibabel_refuses_and_itk_reads_is_no_damage(tmp_path, image):
+    path = tmp_path / "a.nii"
+    sitk.WriteImage(image, str(path))
+    header = bytearray(path.read_bytes())
+    header[252:256] = (1).to_bytes(2, "little") + (0).to_bytes(2, "little")  # the quaternion alone
+    header[256:268] = np.array([1.000001, 0, 0], "<f4").tobytes()  # a little longer than 1
+    path.write_bytes(bytes(header))
+    with pytest.raises(ValueError, match="w2 should be positive"):
+        nibabel.load(path)
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).shape == (10, 9, 8)[::-1]
+    assert check_file_complete(str(path)) is None
+
+
+def test_a_header_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "a.nii"
+    path.write_bytes(b"x" * 2000)
+    with pytest.raises(nibabel.filebasedimages.ImageFileError, match="no valid NIfTI header"):
+        check_file_complete(str(path))

@@ -200,7 +200,7 @@ def test_changed_images_and_labels_are_named(preprocessed, first_seen_before):
     rewrite(label(preprocessed, "lab_b"), lambda voxels: np.roll(voxels, 2, 0))
     text = message(preprocessed)
     assert "2 labelled case(s)" in text and COMMAND in text
-    assert "lab_a (its image changed since it was preprocessed)" in text
+    assert "lab_a (its image, or the plans, changed since it was preprocessed)" in text
     assert "lab_b (its label changed since it was preprocessed)" in text
     preprocess(preprocessed)
     check(preprocessed)
@@ -209,7 +209,7 @@ def test_changed_images_and_labels_are_named(preprocessed, first_seen_before):
 def test_a_change_shows_though_the_file_says_it_is_old(preprocessed):
     check(preprocessed)
     rewrite(images(preprocessed, "lab_a")[1], lambda voxels: voxels[::-1], age=10_000)
-    assert "lab_a (its image changed" in message(preprocessed)
+    assert "lab_a (its image, or the plans, changed" in message(preprocessed)
 
 
 @pytest.mark.parametrize("change, spacing, difference", [
@@ -224,7 +224,8 @@ def test_another_size_shows_at_first_sight_though_the_files_say_they_are_old(pre
     assert f"lab_a ({difference})" in message(preprocessed) and preprocessed_anew == []
 
 
-@pytest.mark.parametrize("which, difference", [("image", "its image changed"), ("label", "its label changed")])
+@pytest.mark.parametrize("which, difference", [("image", "its image, or the plans, changed"),
+                                               ("label", "its label changed")])
 def test_another_patient_shows_at_first_sight_though_size_and_age_are_the_same(preprocessed, which, difference):
     for path in images(preprocessed, "lab_a") if which == "image" else [label(preprocessed, "lab_a")]:
         rewrite(path, lambda voxels: np.roll(voxels, 5, axis=1), age=10_000)
@@ -325,12 +326,30 @@ def test_a_labelled_image_that_is_none_once_normalised_is_named(preprocessed):
         assert "1 labelled case(s)" in text and "are no images: lab_b (channel 0 has voxels that are NaN" in text
 
 
-def test_an_image_that_cannot_be_read_is_not_compared(preprocessed):
+def test_an_image_that_cannot_be_read_is_refused(preprocessed):
     with open(images(preprocessed, "lab_a")[0], "wb") as file:
         file.write(b"nothing")
-    lines = []
-    check(preprocessed, report=lines.append)
-    assert any("lab_a_0000.nii.gz cannot be read" in line and "not compared" in line for line in lines)
+    text = message(preprocessed)
+    assert text.startswith("1 image(s) cannot be read. Replace them") and "lab_a_0000.nii.gz (" in text
+
+
+@pytest.mark.parametrize("change", [{"spacing": [2.0, 2.0, 2.0]}, {"normalization_schemes": ["NoNormalization"] * 2}])
+def test_other_plans_than_those_of_preprocessing_are_noticed(preprocessed, preprocessed_anew, change):
+    """Unlabelled cases are preprocessed again by themselves: both kinds must have the same spacing and intensities."""
+    check(preprocessed)
+    preprocessed.plans["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
+    check(preprocessed)
+    assert preprocessed_anew == []
+    preprocessed.plans["configurations"]["3d_fullres"].update(change)
+    text = message(preprocessed)
+    assert "2 labelled case(s)" in text and "or the plans, changed" in text and COMMAND in text
+    preprocess(preprocessed)
+    check(preprocessed)
+
+
+def test_another_spacing_than_that_of_preprocessing_is_noticed_at_once(preprocessed):
+    preprocessed.plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    assert "lab_a (its image, or the plans, changed" in message(preprocessed)
 
 
 LABEL_MISTAKES = [

@@ -217,6 +217,16 @@ def test_all_unreadable_files_are_named_after_the_others_are_done(tiny, preproce
     assert preprocessed_cases == ["un_b"]
 
 
+def test_a_damaged_labelled_image_is_never_left_out(tiny):
+    truncate(tiny.raw_folder / "imagesTr" / "lab_a_0000.nii.gz")
+    truncate(raw_file(tiny, "un_a", 1))
+    lines = []
+    with pytest.raises(UserError) as error:
+        prepare(tiny, skip_unreadable=True, report=lines.append)
+    assert str(error.value).startswith("1 image(s) or case(s) cannot be used") and "lab_a_0000" in str(error.value)
+    assert not any("lab_a" in line for line in lines)
+
+
 def test_unreadable_cases_are_left_out_with_a_warning_if_so_set(tiny):
     truncate(raw_file(tiny, "un_a", 1))
     lines = []

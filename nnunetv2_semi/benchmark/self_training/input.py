@@ -16,10 +16,11 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2_semi.benchmark.datasets.source_cases import Source
 from nnunetv2_semi.benchmark.self_training.stability import number_kept
 from nnunetv2_semi.benchmark.study.jobs import Folders
-from nnunetv2_semi.benchmark.training_data import TrainingData, refuse_unreadable
+from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates, shown_pairs
-from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule
+from nnunetv2_semi.data.file_contents import refuse_unreadable
+from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule, refuse_resource_forks
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
@@ -272,6 +273,7 @@ def _check_images(source: Source, preprocessed: Path, reader_name: str) -> None:
 
     And no labelled case, perhaps of the validation split, comes back with a predicted label and another name.
     """
+    refuse_resource_forks(os.path.join(source.folder, UNLABELLED_FOLDER), source.dataset_json["file_ending"])
     labelled, unlabelled = ({name: list(case.images.values()) for name, case in cases.items()}
                             for cases in (source.labelled, source.unlabelled))
     contents, unreadable = TrainingData(Path(source.folder), preprocessed, reader_name).contents(

@@ -25,6 +25,14 @@ from nnunetv2_semi.methods.settings import merged_settings
 
 # In a model's folder: what the training began with.
 MARKER = "study.json"
+
+
+def read_object(file: Path) -> dict:
+    """Content of plans or of a dataset.json. Raises UserError if it is no JSON object."""
+    content = read_json_object(str(file))
+    if content is None:
+        raise UserError(f"{file} is missing or is not valid JSON: correct it.")
+    return content
 SECONDS_BETWEEN_TRIES = 1.0
 State = Literal["waiting", "running", "finished", "failed"]
 
@@ -106,12 +114,11 @@ class Job:
         Raises:
             UserError: The data set is no longer planned.
         """
-        try:
-            plans = json.loads(self.base_plans_file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        if not self.base_plans_file.is_file():
             raise UserError(f"{self.base_plans_file} is missing: whether trainings were begun with these plans cannot "
                             "be told. Bring it back. Where only predictions are left, give the report their folders: "
-                            "nnunetv2_semi benchmark report --predictions.") from error
+                            "nnunetv2_semi benchmark report --predictions.")
+        plans = read_object(self.base_plans_file)
         configuration = plans["configurations"][self.study.configuration]
         merged: Mapping[str, object] = {"final_validation": False, **self._planned_settings(plans)}
         for settings in (self.study.settings, self.entry.settings, {"seed": self.seed}):
@@ -168,7 +175,7 @@ class Job:
 
     @property
     def dataset_json(self) -> dict:
-        return json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))
+        return read_object(self.raw / "dataset.json")
 
     def labelled_cases(self) -> list[str]:
         """Names, sorted."""

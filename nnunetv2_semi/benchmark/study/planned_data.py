@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from nnunetv2_semi import compat
-from nnunetv2_semi.benchmark.study.jobs import Folders, Job
+from nnunetv2_semi.benchmark.study.jobs import Folders, Job, read_object
 from nnunetv2_semi.benchmark.study.study import Study
-from nnunetv2_semi.benchmark.training_data import TrainingData, refuse_unreadable
+from nnunetv2_semi.benchmark.training_data import TrainingData
 from nnunetv2_semi.data.atomic_files import write_json_whole
 from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.data.splits_file import read_splits, splits_path
@@ -46,7 +45,7 @@ def plan_and_preprocess(study: Study, dataset: str, plans: str, folders: Folders
                                                                           "-sp", plans, "-tp", plans])
             # nnU-Net's planner copies it, its mover of plans does not
             write_json_whole(str(folder / "dataset.json"),
-                             json.loads((folders.raw / dataset / "dataset.json").read_text(encoding="utf-8")))
+                             read_object(folders.raw / dataset / "dataset.json"))
         if not file.is_file():
             raise CommandFailed(f"Planning wrote no {file}: {study.planner} does not make plans {plans}.")
         # what was begun and killed may have left a case half written
@@ -68,8 +67,8 @@ def _is_preprocessed(study: Study, plans_file: Path, raw: Path) -> bool:
 
     from nnunetv2_semi.data.labelled_comparison import compare_with_raw, read_labelled
 
-    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
-    plans = PlansManager(json.loads(plans_file.read_text(encoding="utf-8")))
+    dataset_json = read_dataset_json(str(raw / "dataset.json"))
+    plans = PlansManager(read_object(plans_file))
     if study.configuration not in plans.available_configurations:
         raise UserError(f"{plans_file} has no configuration {study.configuration}; it has "
                         f"{', '.join(plans.available_configurations)}.")
@@ -105,7 +104,7 @@ def prepare_unlabelled_cases(job: Job) -> None:
     content = job.own_plans()
     plans = PlansManager(content)
     semi = content["configurations"][job.study.configuration]["semi"]
-    dataset_json = json.loads((job.plans_file.parent / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_dataset_json(str(job.plans_file.parent / "dataset.json"))
     prepare_unlabelled(plans, plans.get_configuration(job.study.configuration), dataset_json,
                        num_processes=default_processes(), skip_unreadable=bool(semi.get("skip_unreadable", False)))
 
@@ -117,8 +116,10 @@ def check_test_cases(job: Job) -> None:
         UserError: Images of test cases cannot be read, at which prediction would end after the trainings.
     """
     from nnunetv2_semi.data.duplicates import LOOK_ALIKE, find_duplicates, find_look_alikes, shown_pairs
-    from nnunetv2_semi.data.raw_cases import list_test_cases
+    from nnunetv2_semi.data.file_contents import refuse_unreadable
+    from nnunetv2_semi.data.raw_cases import list_test_cases, refuse_resource_forks
 
+    refuse_resource_forks(str(job.raw / "imagesTs"), job.dataset_json["file_ending"])
     test = list_test_cases(str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json")))
     data = _training_data(job)
     training = data.images()
