@@ -32,6 +32,7 @@ from nnunetv2_semi.data.case_alignment import (
     resampled,
     transform_file,
 )
+from nnunetv2_semi.data.dataset_json import read_dataset_json
 from nnunetv2_semi.data.dataset_settings import modalities_or_channels, named_channels
 from nnunetv2_semi.data.raw_cases import raw_dataset_folder
 from nnunetv2_semi.errors import UserError
@@ -80,9 +81,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     source = raw_dataset_folder(args.dataset)
     path = os.path.join(source, "dataset.json")
-    dataset_json = read_json_object(path) or {}
-    if "file_ending" not in dataset_json or "labels" not in dataset_json:
-        raise UserError(f"{path} is absent, not valid JSON, or lacks file_ending or labels.")
+    dataset_json = read_dataset_json(path)
     modalities = modalities_or_channels(dataset_json, path)
     fixed = args.fixed or next(iter(modalities))
     _check_call(modalities, fixed, dataset_json, path)

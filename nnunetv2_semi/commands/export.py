@@ -124,7 +124,10 @@ def _model_folder(dataset: str | None, trainer: str | None, plans: str, configur
         raise UserError("Name the trained model: -d DATASET -tr TRAINER [-p PLANS] [-c CONFIGURATION], or -m FOLDER.")
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-    return get_output_folder(dataset, trainer, plans, configuration)
+    try:
+        return get_output_folder(dataset, trainer, plans, configuration)
+    except (RuntimeError, ValueError) as error:  # no such data set
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _folds(model_folder: str, folds: Sequence[str] | None, checkpoint_name: str) -> list[str]:

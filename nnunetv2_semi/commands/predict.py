@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 from nnunetv2_semi.errors import UserError, one_line
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     images = [file for file in sorted(args.i.iterdir()) if _case_and_ending(file)]
     if not images:
         raise UserError(f"{args.i} holds no images named CASE_0000 with a file ending, as nnU-Net names them.")
-    damaged = _damaged(images)
+    damaged = _damaged(images, _reader_of_model(args.more))
     left_out = {_case(file) for file in damaged}
     for file, reason in damaged.items():
         print(f"LEFT OUT: case {_case(file)}, since {file} cannot be read: {reason}")
@@ -80,25 +82,41 @@ def _image_pattern() -> re.Pattern[str]:
     return re.compile(rf"(.+)_\d{{4}}({'|'.join(endings)})", re.IGNORECASE)
 
 
-def _damaged(files: list[Path]) -> dict[Path, str]:
+def _reader_of_model(options: Sequence[str]) -> str | None:
+    """Name of the reader that nnUNetv2_predict will take with these options; None where they name no trained model."""
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    from nnunetv2_semi.data.atomic_files import read_json_object
+
+    given = dict(pairwise(options))
+    try:
+        folder = get_output_folder(given["-d"], given.get("-tr", "nnUNetTrainer"), given.get("-p", "nnUNetPlans"),
+                                   given["-c"])
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError):  # nnUNetv2_predict will say what is wrong
+        return None
+    return (read_json_object(os.path.join(folder, "plans.json")) or {}).get("image_reader_writer")
+
+
+def _damaged(files: list[Path], reader: str | None) -> dict[Path, str]:
     """The files that cannot be read to their end, or hold no numbers, with the reason."""
     from nnunetv2_semi.processes.pool import processes_to_read, results_in_parallel
 
     results = results_in_parallel(
-        _reason, files, num_processes=processes_to_read(files), description="Reading images"
+        partial(_reason, reader), files, num_processes=processes_to_read(files), description="Reading images"
     )
     return {file: reason for file, reason in sorted(results) if reason}
 
 
-def _reason(file: Path) -> str:
-    """Why none of nnU-Net's readers for files with this ending can read it; "" if one can."""
+def _reason(reader_of_model: str | None, file: Path) -> str:
+    """Why that reader, or where it is not known none of nnU-Net's for this ending, can read the file; "" if it can."""
     from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
 
     from nnunetv2_semi.data.file_contents import read_image
 
     _, ending = _case_and_ending(file) or ("", "")
     reasons = []
-    for reader in (reader for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings):
+    readers = [reader for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings]
+    for reader in [reader for reader in readers if reader.__name__ == reader_of_model] or readers:
         try:
             read_image(str(file), reader.__name__)
         except MemoryError:

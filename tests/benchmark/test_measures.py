@@ -201,7 +201,8 @@ def test_png_images_are_measured_in_pixels(tmp_path: Path) -> None:
     assert rows.loc["liver", ["hd95_mm", "asd_mm"]].tolist() == [3, 3]
 
 
-def test_tif_volumes_are_measured_with_the_spacing_beside_the_truth(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", ["labelsTs", "predicted"])
+def test_tif_volumes_are_measured_with_the_spacing_beside_truth_or_prediction(tmp_path: Path, beside: str) -> None:
     tifffile = pytest.importorskip("tifffile")
     run = run_in(tmp_path, ending=".tif")
     for folder, shift in (("labelsTs", 0), ("predicted", 2)):
@@ -209,7 +210,7 @@ def test_tif_volumes_are_measured_with_the_spacing_beside_the_truth(tmp_path: Pa
         volume = np.zeros((8, 10, 12), np.uint8)
         volume[2 + shift] = 1
         tifffile.imwrite(tmp_path / folder / "a.tif", volume)
-    (tmp_path / "labelsTs" / "a.json").write_text(json.dumps({"spacing": [2.5, 1, 1]}))
+    (tmp_path / beside / "a.json").write_text(json.dumps({"spacing": [2.5, 1, 1]}))
     assert measure_runs([run], 1.0, num_processes=1).set_index("label").loc["liver", "asd_mm"] == 5
 
 

@@ -327,8 +327,9 @@ def test_wrong_calls_write_nothing(raw, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"file_ending": None}, "dataset.json is absent, not valid JSON, or lacks file_ending or labels"),
-    ({"labels": None}, "dataset.json is absent, not valid JSON, or lacks file_ending or labels"),
+    ({"file_ending": None}, "dataset.json is not as nnU-Net needs it: \"file_ending\" is missing"),
+    ({"labels": None}, "dataset.json is not as nnU-Net needs it: \"labels\" is missing"),
+    ({"channel_names": ["T1", "T2"]}, "\"channel_names\" is a list: it should be"),
     ({"channel_names": {"0": "T1", "1": "T2", "2": "FLAIR"}, "semi": {"modalities": {"A": [0], "B": [1]}}},
      'No modality under "semi" in'),
     ({"file_ending": ".tif"}, "TIFF files do not say where their voxels are"),

@@ -9,6 +9,7 @@ import stat
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -63,6 +64,23 @@ def test_a_damaged_case_is_named_and_the_others_are_predicted(
     assert f"LEFT OUT: case b, since {images / 'b_0001.nii.gz'} cannot be read: EOFError: the file is trunc" in output
     assert output.endswith("1 case(s) were left out: b. Replace their images and start again with "
                            "--continue_prediction.\n")
+
+
+def test_the_models_reader_decides_which_images_can_be_read(
+    images: Path, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nibabel reads a sheared image, ITK, which nnUNetv2_predict mostly uses, does not."""
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.3
+    nibabel.save(nibabel.Nifti1Image(np.ones((5, 4, 3), np.int16), sheared), images / "b_0000.nii.gz")
+    model = tmp_path / "results" / "Dataset007_Mine" / "nnUNetTrainer__Plans__2d"
+    model.mkdir(parents=True)
+    monkeypatch.setattr("nnunetv2.utilities.file_path_utilities.nnUNet_results", str(tmp_path / "results"))
+    options = ["-i", str(images), "-d", "Dataset007_Mine", "-p", "Plans", "-c", "2d", "-o", "out"]
+    for reader, status in (("SimpleITKIO", 1), ("NibabelIO", 0)):
+        (model / "plans.json").write_text(json.dumps({"image_reader_writer": reader}))
+        assert cli.main(["predict", *options]) == status
+        assert ("b_0000.nii.gz" in json.loads(told.read_text())[1]) == (status == 0)
 
 
 def test_where_the_system_permits_no_links_images_are_copied(

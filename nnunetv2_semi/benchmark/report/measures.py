@@ -20,6 +20,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 
 from nnunetv2_semi.benchmark.report.runs import PredictedRun
 from nnunetv2_semi.data.atomic_files import read_json_object
+from nnunetv2_semi.data.cached_reading import companion_files
 from nnunetv2_semi.data.file_contents import name_of_reader
 from nnunetv2_semi.data.grids import grid_difference, grid_of
 from nnunetv2_semi.errors import UserError, one_line
@@ -186,7 +187,7 @@ def structures(dataset_json: dict) -> dict[str, tuple[int, ...]]:
 def case_files(run: PredictedRun) -> list[CaseFiles]:
     """The cases with truth, by name, and where their predictions should be. Raises UserError if there are none."""
     ending = read_dataset_json(run.dataset_json)["file_ending"]
-    files = sorted(run.truth.glob(f"*{ending}")) if run.truth.is_dir() else []
+    files = sorted(run.truth.glob(f"[!.]*{ending}")) if run.truth.is_dir() else []
     if not files:
         raise UserError(f"There are no files *{ending} in {run.truth}: no truth to compare the predictions with.")
     return [CaseFiles(file.name.removesuffix(ending), file, run.predictions / file.name) for file in files]
@@ -223,7 +224,9 @@ def _rows_of_case(
             raise
         except Exception as error:  # readers raise whatever their libraries do
             return [], f"{path} cannot be read ({one_line(error)})"
-    (truth, spacing, truth_properties), (prediction, _, properties) = maps
+    (truth, spacing, truth_properties), (prediction, spacing_of_prediction, properties) = maps
+    if reader == "Tiff3DIO" and not companion_files(str(case.truth)):
+        spacing = spacing_of_prediction  # of the image's .json, which nnU-Net copies to its prediction
     if truth.shape != prediction.shape:
         return [], f"{case.prediction} has {prediction.shape} voxels, its truth {truth.shape}"
     if grid_difference(grid_of(truth_properties), grid_of(properties)) is not None:

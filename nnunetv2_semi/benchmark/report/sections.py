@@ -212,11 +212,10 @@ def _definitions(tolerance_mm: float) -> Section:
         "**HD95**: the 95th percentile of the distances from the surface voxels of one to those of the other, in each "
         "direction; the larger of the two. **ASD**: the mean of these distances, surface voxels of both pooled.",
         f"**NSD**: share of both surfaces, by area, that is within {tolerance_mm:g} mm of the other.",
-        "**Images without spacing** (.png): a pixel counts as 1 mm.",
+        "**Images without spacing** (.png, .tif without .json): a pixel counts as 1 mm.",
         "**Empty structures** are counted, not left out. In neither truth nor prediction: Dice, Jaccard and NSD 1, "
         "HD95 and ASD 0. In one of them: Dice, Jaccard and NSD 0, HD95 and ASD the diagonal of the image.",
-        "**Training**: one seed on one data set; its folds are averaged. Data sets with the same test cases and the "
-        "same number of labelled ones count as further trainings.",
+        "**Training**: one seed on one data set; its folds are averaged.",
         "**Mean**: over labels, then folds, then trainings of each case, then cases. **SD of cases**: of the cases' "
         "means. **SD of trainings**: of the trainings' means.",
         "**Intervals**: percentile bootstrap, trainings and cases drawn with replacement; cases alone where there is "
