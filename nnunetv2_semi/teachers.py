@@ -75,7 +75,7 @@ class EMATeacher(Teacher):
         return self.updates
 
     def set_extra_state(self, state: int) -> None:
-        self.updates = state
+        self.updates = int(state)  # a list would be the other teacher's
 
 
 class BestModelAverage(Teacher):

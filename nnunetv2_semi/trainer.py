@@ -21,7 +21,13 @@ from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import remove_unfinished
 from nnunetv2_semi.data.case_channels import CaseChannels
 from nnunetv2_semi.data.dataset_json import check_dataset_json, preprocessed_dataset_json
-from nnunetv2_semi.data.dataset_settings import folder_name, modalities_or_channels, read_dataset_settings
+from nnunetv2_semi.data.dataset_settings import (
+    checked_modalities,
+    folder_name,
+    modalities_or_channels,
+    num_channels,
+    read_dataset_settings,
+)
 from nnunetv2_semi.data.labelled_checks import check_preprocessed
 from nnunetv2_semi.data.loader import BatchStream, ForegroundVoxels
 from nnunetv2_semi.distributed import broadcast_from_first, mean_over_processes, on_first_process
@@ -70,6 +76,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         name = self.method_class.name
         asked = self.configuration_manager.configuration.get("semi", {})
         found = self.method_class.completed(settings_from_plan(self.method_class.Settings, asked, name))
+        if found.modalities is not None:
+            checked_modalities(found.modalities, num_channels(dataset_json), "the plans file")
         self.modalities = found.modalities or modalities_or_channels(dataset_json)
         self.domains = read_dataset_settings(dataset_json).domains
         self.settings = found.model_copy(update={"modalities": self.modalities,
@@ -115,7 +123,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
         self.num_input_channels = determine_num_input_channels(self.plans_manager, self.configuration_manager,
                                                                self.dataset_json)
         context = build_context(self)
-        lone = self.settings.of_lone_patches(*batches.smallest_batch_sizes(self, self.settings))
+        lone = self.settings.of_lone_patches(*batches.smallest_batch_sizes(self, self.settings),
+                                             len(context.patch_size))
         for warning in [*self.method_class.check(context, self.settings), *lone]:
             self.print_to_log_file(f"WARNING: {warning}")
 
@@ -213,6 +222,8 @@ class nnUNetTrainerSemi(nnUNetTrainer):
             self.method.on_start()
         if self.local_rank == 0:
             remove_unfinished(self.output_folder, "checkpoint_")
+            if not self._restored:
+                pictures.remove_earlier(self.output_folder)
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:

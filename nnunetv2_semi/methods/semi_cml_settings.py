@@ -71,3 +71,10 @@ class SemiCMLSettings(BaseSettings):
         "student",
         '`"student"` or `"teacher"`: which networks are validated, saved and predicted with',
     )
+
+    def of_lone_patches(self, labelled: int, unlabelled: int, dimensions: int) -> list[str]:
+        warnings = super().of_lone_patches(labelled, unlabelled, dimensions)
+        if self.asc and unlabelled == 1 and (dimensions == 2 or self.areas == "volume"):
+            warnings.append('a step has one unlabelled patch (on a GPU), so "asc" has no other area beside it and '
+                            'changes nothing. Set "unlabelled_batch_size" to at least 2 for each GPU.')
+        return warnings

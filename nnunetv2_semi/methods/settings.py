@@ -137,7 +137,7 @@ class Settings(BaseModel):
         """The setting by which boxes of other labelled patches are pasted into labelled ones; None: there are none."""
         return None
 
-    def of_lone_patches(self, labelled: int, unlabelled: int) -> list[str]:
+    def of_lone_patches(self, labelled: int, unlabelled: int, dimensions: int) -> list[str]:
         """Warnings of what cannot act where a step of a process has so few patches of each kind."""
         warnings = []
         if self.mixes_unlabelled and unlabelled == 1 and self.unlabelled_weight > 0:

@@ -59,9 +59,9 @@ class Supervised(Method):
 
 
 def number_mixed(image: torch.Tensor) -> int:
-    """How many of the patches (B, C, *spatial) have others to be pasted into.
+    """How many of the patches (B, C, *spatial) count as mixed: all, but for a lone one, which has no other.
 
-    A lone one would be pasted into itself, and nnU-Net's loss of it would count twice.
+    Where a patch and the next show different channels it stays plain, and counts: labels keep their weight.
     """
     return len(image) if len(image) > 1 else 0
 

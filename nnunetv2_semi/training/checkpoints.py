@@ -54,20 +54,30 @@ def contents(trainer: nnUNetTrainerSemi) -> dict[str, object]:
 
 
 def restore(trainer: nnUNetTrainerSemi, checkpoint: Mapping[str, Any], path: str) -> None:
-    """Give a trainer what `contents` wrote. Raises UserError if another trainer wrote it; ``path`` is for messages."""
+    """Give a trainer what `contents` wrote; ``path`` is for messages.
+
+    Raises UserError if another trainer wrote it, or one whose settings make other networks.
+    """
     ours = read_our_part(checkpoint, trainer.method.name, path)
-    for change in changed_settings(ours["semi"], trainer.semi):
+    changes = changed_settings(ours["semi"], trainer.semi)
+    for change in changes:
         trainer.print_to_log_file(f"WARNING: the checkpoint was made with another setting, {change}")
+    states = [{"optimizer": checkpoint["optimizer_state"]}, *ours["optimizer_states"]]
+    try:
+        trainer.method.load_state_dict(ours["method_state"])
+        for optimization, state in zip(trainer.optimizations, states, strict=True):
+            optimization.load_state_dict(state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if not changes:
+            raise
+        raise UserError(f"{path} does not fit to what has changed in the settings since it was written: "
+                        f"{'; '.join(changes)}. Set them back, or train anew, without --c.") from error
     trainer.my_init_kwargs = checkpoint["init_args"]
     trainer.current_epoch = checkpoint["current_epoch"]
     trainer.logger.load_checkpoint(checkpoint["logging"])
     trainer._best_ema = checkpoint["_best_ema"]
     trainer.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
-    trainer.method.load_state_dict(ours["method_state"])
     trainer.foreground = ours.get("unlabelled_foreground", {})
-    states = [{"optimizer": checkpoint["optimizer_state"]}, *ours["optimizer_states"]]
-    for optimization, state in zip(trainer.optimizations, states, strict=True):
-        optimization.load_state_dict(state)
     if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
         trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
 

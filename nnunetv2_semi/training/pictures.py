@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,11 @@ _PERCENTILE, _MOST_SHOWN = 1.0, 0.99
 def is_shown(epoch: int, num_epochs: int, count: int) -> bool:
     """Whether ``epoch`` (from 0) is one of ``count`` epochs spread evenly over the training, its ends among them."""
     return epoch in {round(shown) for shown in np.linspace(num_epochs - 1, 0, count)}
+
+
+def remove_earlier(output_folder: str) -> None:
+    """Forget the rows of a training that a new one in the same folder overwrites."""
+    shutil.rmtree(Path(output_folder) / FOLDER, ignore_errors=True)
 
 
 def draw(method: Method, batch: dict, labels: LabelManager, device: torch.device, spacing: list[float], epoch: int,

@@ -10,6 +10,7 @@ from nnunetv2_semi.methods.fixmatch import FixMatchSettings
 from nnunetv2_semi.methods.mean_teacher import MeanTeacherSettings
 from nnunetv2_semi.methods.mix import MixSettings
 from nnunetv2_semi.methods.rcps import RCPSSettings
+from nnunetv2_semi.methods.semi_cml_settings import SemiCMLSettings
 from nnunetv2_semi.methods.supervised import Supervised, SupervisedSettings
 from nnunetv2_semi.present_channels import FILL
 from nnunetv2_semi.training.step import TrainingStep
@@ -79,10 +80,11 @@ def test_a_single_patch_counts_once_and_patches_with_other_channels_stay_as_they
     (CPSSettings(), 1, 1, ["cutmix"]), (CPSSettings(perturb=False), 1, 1, []), (RCPSSettings(), 1, 1, ["cutmix"]),
     (BCPSettings(), 1, 1, ["pretrain_fraction"]), (BCPSettings(), 2, 1, []),
     (BCPSettings(pretrain_fraction=0.0), 1, 1, []), (BCPSettings(plain_labelled=False), 1, 1, []),
+    (SemiCMLSettings(), 1, 1, ["asc"]), (SemiCMLSettings(), 1, 2, []), (SemiCMLSettings(asc=False), 1, 1, []),
 ])
 def test_what_needs_another_patch_and_has_none_is_told(settings, labelled, unlabelled, named):
-    warnings = settings.of_lone_patches(labelled, unlabelled)
-    names = ("cutmix", "labelled_mixing", "pretrain_fraction")
+    warnings = settings.of_lone_patches(labelled, unlabelled, dimensions=2)
+    names = ("cutmix", "labelled_mixing", "pretrain_fraction", "asc")
     assert sorted(name for warning in warnings for name in names if f'"{name}"' in warning) == named
 
 

@@ -129,6 +129,22 @@ def test_a_checkpoint_of_another_trainer_is_refused_and_changes_nothing(key, wri
     assert torch.equal(weights(trainer), before) and trainer.current_epoch == 0
 
 
+@pytest.mark.parametrize("change", ["networks", "optimizers"])
+def test_settings_that_make_other_networks_are_refused_by_name_and_change_nothing(change):
+    written = checkpoints.contents(trainer_after(2, seed=1))
+    trainer = trainer_after(0, noise_bank=3)
+    if change == "networks":
+        trainer.method.student = nn.Linear(3, 1)
+    else:
+        trainer.optimizations.pop()
+    with pytest.raises(UserError, match="a.pth does not fit to what has changed.*noise_bank: None -> 3. Set them back"):
+        checkpoints.restore(trainer, written, "a.pth")
+    assert trainer.current_epoch == 0
+    trainer.semi = trainer_after(0).semi
+    with pytest.raises((RuntimeError, ValueError)):  # no setting is to blame
+        checkpoints.restore(trainer, written, "a.pth")
+
+
 def test_other_settings_than_before_are_told():
     trainer = trainer_after(0, num_epochs=20, MeanTeacher={"noise": 0.2}, seed_of_data=4)
     checkpoints.restore(trainer, checkpoints.contents(trainer_after(1, spare=1)), "path")

@@ -277,6 +277,30 @@ def test_one_modality_stops_before_anything_is_built(tools, workspace):
         tools.trainer(workspace, "nnUNetTrainerSemiCML").run_training()
 
 
+@pytest.mark.parametrize("modalities, message", [
+    ({"T1": [0], "T2": [0]}, "names channel 0 twice"), ({"T1": [0], "T2": [-1]}, "names channel -1"),
+    ({"T1": [0], "T2": [1, 7]}, "names channel 7"), ({"T1/2": [0], "T1 2": [1]}, "would share the folder T1_2")])
+def test_modalities_in_the_plans_file_are_checked_as_those_of_dataset_json(tools, workspace, modalities, message):
+    tools.set_semi(workspace, modalities=modalities)
+    with pytest.raises(UserError, match=f"the plans file.*{message}|{message}"):
+        tools.trainer(workspace, "nnUNetTrainerSemiMeanTeacher")
+
+
+def test_a_new_training_shows_no_pictures_of_an_earlier_one(tools, workspace):
+    trainer = tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
+    file = Path(trainer.output_folder, "pictures", "epoch_0000.npz")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    trainer.on_train_start()
+    assert not file.exists()
+    file.parent.mkdir()
+    file.touch()
+    continued = tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
+    continued._restored = True
+    continued.on_train_start()
+    assert file.exists()
+
+
 def test_a_network_without_deep_supervision_is_told_with_the_setting(tools, workspace, monkeypatch):
     trainer = tools.trainer(workspace, "nnUNetTrainerSemiSupervised")
     monkeypatch.setattr(trainer, "build_network_architecture", lambda *_: torch.nn.Conv3d(2, 3, 1))
