@@ -255,9 +255,9 @@ def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], lab
 
 
 def _has_size_of_plans(job: PreprocessingJob, case: str) -> bool:
-    image, _, _, properties = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
     if job.configuration_manager.configuration.get("resampling_fn_data") == NO_RESAMPLING:
         return True
+    image, _, _, properties = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
     cropped = [properties["shape_after_cropping_and_before_resampling"][axis]
                for axis in np.argsort(job.plans_manager.transpose_forward)]
     return tuple(image.shape[1:]) == resampled_shape(cropped, properties["spacing"], job.plans_manager,

@@ -68,9 +68,9 @@ def restore(trainer: nnUNetTrainerSemi, checkpoint: Mapping[str, Any], path: str
         for optimization, state in zip(trainer.optimizations, states, strict=True):
             optimization.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        if not changes:
+        if not changes or isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise UserError(f"{path} does not fit to what has changed in the settings since it was written: "
+        raise UserError(f"{path} does not fit the settings, which have changed since it was written: "
                         f"{'; '.join(changes)}. Set them back, or train anew, without --c.") from error
     trainer.my_init_kwargs = checkpoint["init_args"]
     trainer.current_epoch = checkpoint["current_epoch"]

@@ -137,7 +137,7 @@ def test_settings_that_make_other_networks_are_refused_by_name_and_change_nothin
         trainer.method.student = nn.Linear(3, 1)
     else:
         trainer.optimizations.pop()
-    with pytest.raises(UserError, match="a.pth does not fit to what has changed.*noise_bank: None -> 3. Set them back"):
+    with pytest.raises(UserError, match="a.pth does not fit the settings, .*noise_bank: None -> 3. Set them back"):
         checkpoints.restore(trainer, written, "a.pth")
     assert trainer.current_epoch == 0
     trainer.semi = trainer_after(0).semi
