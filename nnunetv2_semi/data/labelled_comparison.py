@@ -243,9 +243,7 @@ def _header_difference(job: PreprocessingJob, case: str, images: Sequence[FileCo
 
 
 def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], label: str) -> bool:
-    """Whether its size, the files' times, or nnU-Net's copy of the label leave open what the case was made of."""
-    if not _has_size_of_plans(job, case):
-        return True
+    """Whether the files' times, or nnU-Net's copy of the label, leave open what the case was made of."""
     made = os.path.getmtime(os.path.join(job.folder, f"{case}.pkl"))
     sources = [*images, label]
     if any(os.path.getmtime(file) > made for source in sources for file in (source, *companion_files(source))):
@@ -254,10 +252,9 @@ def _may_be_another(job: PreprocessingJob, case: str, images: Sequence[str], lab
     return os.path.isfile(copy) and not filecmp.cmp(copy, label, shallow=False)
 
 
-def _has_size_of_plans(job: PreprocessingJob, case: str) -> bool:
+def _has_size_of_plans(job: PreprocessingJob, image: np.ndarray, properties: Mapping) -> bool:
     if job.configuration_manager.configuration.get("resampling_fn_data") == NO_RESAMPLING:
         return True
-    image, _, _, properties = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
     cropped = [properties["shape_after_cropping_and_before_resampling"][axis]
                for axis in np.argsort(job.plans_manager.transpose_forward)]
     return tuple(image.shape[1:]) == resampled_shape(cropped, properties["spacing"], job.plans_manager,
@@ -268,6 +265,8 @@ def _looks_as_stored(job: PreprocessingJob, case: str, images: list[str], label:
                      thumbnails: Sequence[str]) -> bool:
     """Whether the preprocessed case looks like the raw one, so that they need not be compared voxel by voxel."""
     image, _, _, properties = infer_dataset_class(job.folder)(job.folder, [case]).load_case(case)
+    if not _has_size_of_plans(job, image, properties):
+        return False
     stored = _thumbnails(image, properties)
     return _alike(stored, thumbnails) or _alike(stored, _thumbnails_normalised(job, images, label))
 

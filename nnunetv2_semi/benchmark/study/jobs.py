@@ -25,6 +25,8 @@ from nnunetv2_semi.methods.settings import merged_settings
 
 # In a model's folder: what the training began with.
 MARKER = "study.json"
+SECONDS_BETWEEN_TRIES = 1.0
+State = Literal["waiting", "running", "finished", "failed"]
 
 
 def read_object(file: Path) -> dict:
@@ -33,8 +35,6 @@ def read_object(file: Path) -> dict:
     if content is None:
         raise UserError(f"{file} is missing or is not valid JSON: correct it.")
     return content
-SECONDS_BETWEEN_TRIES = 1.0
-State = Literal["waiting", "running", "finished", "failed"]
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,9 @@ def check_test_cases(job: Job) -> None:
     from nnunetv2_semi.data.file_contents import refuse_unreadable
     from nnunetv2_semi.data.raw_cases import list_test_cases, refuse_resource_forks
 
-    refuse_resource_forks(str(job.raw / "imagesTs"), job.dataset_json["file_ending"])
-    test = list_test_cases(str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json")))
+    folder, dataset_json = str(job.raw / "imagesTs"), read_dataset_json(str(job.raw / "dataset.json"))
+    refuse_resource_forks(folder, dataset_json["file_ending"])
+    test = list_test_cases(folder, dataset_json)
     data = _training_data(job)
     training = data.images()
     contents, unreadable = data.contents([file for files in (*training.values(), *test.values()) for file in files])
