@@ -27,7 +27,7 @@ from nnunetv2_semi.benchmark.self_training import command as self_training
 from nnunetv2_semi.benchmark.self_training import models as self_training_models
 from nnunetv2_semi.benchmark.self_training import pseudo_labelled
 from nnunetv2_semi.benchmark.self_training.fine_tuning import begin_fine_tuning
-from nnunetv2_semi.benchmark.self_training.input import Options, checked_start
+from nnunetv2_semi.benchmark.self_training.input import Options, _check_fold, _number_of_folds, checked_start
 from nnunetv2_semi.benchmark.self_training.models import Predictor
 from nnunetv2_semi.benchmark.self_training.pseudo_labelled import pseudo_labelled_dataset
 from nnunetv2_semi.benchmark.self_training.stability import read_scores, stability, write_scores
@@ -237,7 +237,7 @@ def test_results_of_a_version_without_some_options_are_gone_on_with(
         pytest.skip("the first test made nothing")
     options, record = out / "selftrain_options.json", here / "nnUNet_raw" / NEW / "selftrain.json"
     before = {file: json.loads(file.read_text()) for file in (options, record)}
-    new = ("teachers", "ignore_unstable", "finetune")
+    new = ("teachers", "ignore_unstable", "finetune", "teacher_folds")
     made_by = {key: value for key, value in before[record]["made_by"].items() if key not in new}
     options.write_text(json.dumps({key: value for key, value in before[options].items() if key not in new}))
     record.write_text(json.dumps({**before[record], "made_by": made_by}))
@@ -327,6 +327,40 @@ def test_an_ensemble_labels_what_is_stable_and_the_student_is_fine_tuned_on_true
     assert (split.read_bytes() if split.exists() else None) == split_before
 
 
+@pytest.mark.e2e
+def test_the_models_of_all_folds_label_together(
+    here: Path, run_until: Callable[[list[str], str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, _, results = (here / name for name in FOLDERS)
+    out, trainer = here / "folds", "nnUNetTrainerSemiFixMatch"
+    call = [*CALL, "-tr", trainer, "-f", "all", "--teacher-folds", "--out", str(out)]
+    run_until(call, "_selftrain1")  # before the student's training
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ nnUNetv2_")]
+    models = [results / SOURCE / MODEL.replace("nnUNetTrainerSemiSupervised", trainer) / f"fold_{fold}"
+              for fold in range(3)]  # fmt: skip
+    assert [" ".join(line.split()[1:5]) for line in commands[:3]] == [
+        f"nnUNetv2_train {SOURCE} 3d_fullres {fold}" for fold in range(3)]  # fmt: skip
+    assert all((model / "checkpoint_final.pth").is_file() for model in models)
+
+    # the label is the prediction of the folds together, as nnU-Net makes it; a case is as stable as the folds agree
+    predictions = {name: out / "round_1" / "predictions" / name for name in ("final", "fold_0", "fold_1", "fold_2")}
+    assert sorted(path.name for path in (out / "round_1" / "predictions").iterdir()) == sorted(predictions)
+    assert [line.split(" -f ")[1].split(" -tr")[0] for line in commands[3:7]] == ["0 1 2", "0", "1", "2"]
+    for case, score in read_scores(out / "round_1" / "stability.csv").items():
+        final, *members = (voxels(folder / f"{case}.nii.gz") for folder in predictions.values())
+        assert score == stability(final, members, structures(raw))
+    (record,) = [content for file in raw.glob("*/selftrain.json")
+                 if (content := json.loads(file.read_text()))["made_by"]["folder"] == str(out)]  # fmt: skip
+    assert record["teachers"] == list(map(str, models)) and record["made_by"]["teacher_folds"] is True
+
+
+def test_folds_of_a_single_labelled_case_are_refused(here: Path) -> None:
+    options = Options(SOURCE, "3d_fullres", "all", PLANS, "nnUNetTrainerSemiSupervised", 0.5, 1, True,
+                      teacher_folds=True)  # fmt: skip
+    with pytest.raises(UserError, match="needs two folds of .*, which has 0. Leave it out, or write your own splits"):
+        _check_fold(options, _number_of_folds(here, 1), here)
+
+
 def structures(raw: Path) -> list[list[int]]:
     labels = json.loads((raw / SOURCE / "dataset.json").read_text())["labels"]
     return [[value] for value in labels.values() if value]
@@ -392,7 +426,8 @@ def test_the_page_tells_the_defaults_of_the_command() -> None:
     assert options.keep == 0.9
     assert told == {"keep": f"{options.keep:g}", "snapshots": str(options.snapshots),
                     "teachers": str(options.teachers), "finetune": f"{options.finetune:g}",
-                    "rounds": str(options.rounds), "ignore-unstable": "on" if options.ignore_unstable else "off"}
+                    "rounds": str(options.rounds), "ignore-unstable": "on" if options.ignore_unstable else "off",
+                    "teacher-folds": "on" if options.teacher_folds else "off"}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -409,6 +444,8 @@ def test_the_page_tells_the_defaults_of_the_command() -> None:
     (["--rounds", "0"], "--rounds must be at least 1"),
     (["--snapshots", "3"], "3 epochs has no room for 3 snapshots"),
     (["--snapshots", "2", "--finetune", "0.4"], "2 epochs has no room for 2 snapshots"),
+    (["--teacher-folds"], "--teacher-folds needs -f all: .* validation cases of fold 0"),
+    (["-f", "all", "--teacher-folds", "--teachers", "2"], "Give --teachers or --teacher-folds"),
     (["--teachers", "0"], "--teachers must be at least 1"),
     (["--finetune", "1"], "--finetune must be at least 0 and below 1"),
     (["--finetune", "0.1"], "--finetune 0.1 of 3 epochs leaves no epoch for the fine-tuning"),
@@ -577,7 +614,8 @@ def test_a_study_predicts_with_the_model_that_self_training_names(
     (folders.preprocessed / SOURCE).mkdir(parents=True)
     (folders.preprocessed / SOURCE / "P.json").write_text(json.dumps({"configurations": {"3d_fullres": {}}}))
     entry = Entry("nnUNetTrainerSemiSupervised", selftrain={"rounds": 1, "keep": 0.3, "teachers": 2,
-                                                            "ignore_unstable": True, "finetune": 0.2})
+                                                            "ignore_unstable": True, "finetune": 0.2,
+                                                            "teacher_folds": False})
     job = Job(Study(tmp_path / "study", (1,), (entry,)), entry, SOURCE, "method", "all", 0, "P", folders)
     trainings = [tmp_path / "teacher", tmp_path / "student"]
     commands = []
@@ -589,7 +627,7 @@ def test_a_study_predicts_with_the_model_that_self_training_names(
             self_training.add_arguments(parser)
             call = parser.parse_args(command[command.index("selftrain") + 1 :])
             assert (call.rounds, call.keep, call.teachers) == (1, 0.3, 2)
-            assert call.ignore_unstable is True and call.finetune == 0.2
+            assert call.ignore_unstable is True and call.finetune == 0.2 and call.teacher_folds is False
             out = call.out
             out.mkdir(parents=True)
             (out / "selftrain_result.json").write_text(json.dumps(

@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="checkpoints on the way to compare a single teacher's final one with (default: 2)")
     parser.add_argument("--teachers", type=int, default=1,
                         help="models of the first round, which differ in the seed; their ensemble labels (default: 1)")
+    parser.add_argument("--teacher-folds", action="store_true",
+                        help="these models are those of nnU-Net's folds instead (with -f all)")
     parser.add_argument("--ignore-unstable", action="store_true",
                         help="give voxels on which predictions differ the ignore label")
     parser.add_argument("--finetune", type=float, default=0.0, metavar="FRACTION",
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rounds must be at least 1, got {args.rounds}.")
     source = read_source(args.d)
     options = Options(source.name, args.c, args.f, args.p, args.tr, args.keep, args.snapshots, not args.disable_tta,
-                      args.teachers, args.ignore_unstable, args.finetune)
+                      args.teachers, args.ignore_unstable, args.finetune, args.teacher_folds)
     start = checked_start(options, source, folders)
     results = folders.results / source.name
     name = f"selftrain__{options.model_name}__fold_{options.fold}"
@@ -80,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
     def work() -> int:
         _write_options(out / OPTIONS, asdict(options))
-        teacher = results / options.model_name / f"fold_{options.fold}"
-        if (out / "round_1").is_dir() or any(teacher.glob("checkpoint_*.pth")):
-            data.check_same(record, options.fold != "all", "the self-training", ANEW)
+        fold = "*" if options.teacher_folds else options.fold
+        if (out / "round_1").is_dir() or any((results / options.model_name).glob(f"fold_{fold}/checkpoint_*.pth")):
+            data.check_same(record, fold != "all", "the self-training", ANEW)
         data.note(record)
         SelfTraining(start, folders, out, args.device, args.num_gpus).run(args.rounds)
         return 0

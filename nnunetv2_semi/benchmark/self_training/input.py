@@ -41,8 +41,8 @@ class Options:
     """What decides the result of a round.
 
     keep: share of unlabelled cases. snapshots: checkpoints to compare. teachers: models of the first round, each with a
-    seed of its own. ignore_unstable: voxels that are predicted differently get no label. finetune: share of the
-    student's epochs on true labels alone.
+    seed of its own. teacher_folds: these are the models of all folds instead. ignore_unstable: voxels that are
+    predicted differently get no label. finetune: share of the student's epochs on true labels alone.
     """
 
     dataset: str
@@ -56,6 +56,7 @@ class Options:
     teachers: int = 1
     ignore_unstable: bool = False
     finetune: float = 0.0
+    teacher_folds: bool = False
 
     @property
     def plans_name(self) -> str:
@@ -89,14 +90,16 @@ OPTION_DEFAULTS: Mapping[str, object] = {
 class Start:
     """What is known before the first step.
 
-    plans: of the name ``options.plans_name``. num_epochs: of a teacher, and of a student with its fine-tuning.
-    structures: label values of each structure, without background. reader: nnU-Net's of the images.
+    plans: of the name ``options.plans_name``. num_epochs: of a teacher, and of a student with its fine-tuning. folds:
+    how many the data set has. structures: label values of each structure, without background. reader: nnU-Net's of the
+    images.
     """
 
     options: Options
     source: Source
     plans: dict
     num_epochs: int
+    folds: int
     structures: Sequence[Sequence[int]]
     reader: type[BaseReaderWriter]
 
@@ -157,12 +160,13 @@ def checked_start(options: Options, source: Source, folders: Folders) -> Start:
     _check_snapshots(options, student_epochs)
     if method.uses_unlabelled and number_kept(len(source.unlabelled), options.keep) == len(source.unlabelled):
         raise UserError(f"--keep {options.keep:g} leaves no unlabelled case for {options.trainer}, which needs some.")
-    _check_fold(options.fold, preprocessed, len(source.labelled))
+    folds = _number_of_folds(preprocessed, len(source.labelled))
+    _check_fold(options, folds, preprocessed)
     _check_models_of_other_plans(options, plans, folders)
     _check_images(source, preprocessed, plans["image_reader_writer"])
     labels = manager.get_label_manager(source.dataset_json)
     structures = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    return Start(options, source, plans, settings.num_epochs,
+    return Start(options, source, plans, settings.num_epochs, folds,
                  [np.atleast_1d(values).tolist() for values in structures],
                  manager.image_reader_writer_class)
 
@@ -245,15 +249,26 @@ def _check_snapshots(options: Options, num_epochs: int) -> None:
                         "with --snapshots.")
 
 
-def _check_fold(fold: int | str, preprocessed: Path, labelled: int) -> None:
-    if fold == "all":
-        return
+def _number_of_folds(preprocessed: Path, labelled: int) -> int:
+    """How many folds the data set has, or will have once nnU-Net makes them."""
     file = splits_path(preprocessed)
-    made = min(NNUNET_FOLDS, labelled) if labelled > 1 else 0
-    folds = len(read_splits(file)) if os.path.isfile(file) else made
-    if int(fold) >= folds:
-        raise UserError(f"There are {folds} folds of {preprocessed.name}, so there is no fold {fold}. Train with -f "
-                        f"all, or write your own splits to {file}.")
+    if os.path.isfile(file):
+        return len(read_splits(file))
+    return min(NNUNET_FOLDS, labelled) if labelled > 1 else 0
+
+
+def _check_fold(options: Options, folds: int, preprocessed: Path) -> None:
+    if options.teacher_folds and options.fold != "all":
+        raise UserError(f"--teacher-folds needs -f all: the teachers of other folds learn from the validation cases of "
+                        f"fold {options.fold}.")
+    if options.teacher_folds and options.teachers > 1:
+        raise UserError("Give --teachers or --teacher-folds: the teachers differ in the seed, or in the fold.")
+    if options.teacher_folds and folds < 2:
+        raise UserError(f"--teacher-folds needs two folds of {preprocessed.name}, which has {folds}. Leave it out, or "
+                        f"write your own splits to {splits_path(preprocessed)}.")
+    if options.fold != "all" and int(options.fold) >= folds:
+        raise UserError(f"There are {folds} folds of {preprocessed.name}, so there is no fold {options.fold}. Train "
+                        f"with -f all, or write your own splits to {splits_path(preprocessed)}.")
 
 
 def _check_models_of_other_plans(options: Options, plans: dict, folders: Folders) -> None:

@@ -59,6 +59,8 @@ class Models:
     def first_teacher(self) -> Teacher:
         """Trained on the labelled cases: one model compared with its snapshots, or an ensemble with its members."""
         dataset, options = self.source.name, self.options
+        if options.teacher_folds:
+            return self._teacher_of_folds(dataset)
         numbers = range(1, options.teachers + 1)
         models = [self._train(dataset, self.start.teacher_plans(number), self.start.num_epochs) for number in numbers]
         if len(models) == 1:
@@ -70,6 +72,13 @@ class Models:
         members = [self._predictor(f"teacher_{number}", dataset, options.teacher_plans_name(number), FINAL)
                    for number in numbers]  # fmt: skip
         return Teacher(dataset, models, Predictor("final", "nnUNetv2_predict_from_modelfolder", ensemble), members)
+
+    def _teacher_of_folds(self, dataset: str) -> Teacher:
+        """An ensemble of the models of all folds, with its members."""
+        plans, folds = self.start.teacher_plans(1), range(self.start.folds)
+        models = [self._train(dataset, plans, self.start.num_epochs, fold) for fold in folds]
+        members = [self._predictor(f"fold_{fold}", dataset, plans["plans_name"], FINAL, [fold]) for fold in folds]
+        return Teacher(dataset, models, self._predictor("final", dataset, plans["plans_name"], FINAL, folds), members)
 
     def student(self, dataset: str) -> Teacher:
         """Trained on a pseudo-labelled data set, and fine-tuned; the next round's teacher."""
@@ -90,15 +99,15 @@ class Models:
         file = self.folders.preprocessed / dataset / f"{plans['plans_name']}.json"
         write_json_whole(str(file), {**plans, "dataset_name": dataset})
 
-    def _fold_folder(self, dataset: str, plans_name: str) -> Path:
-        options = self.options
-        return self.folders.results / dataset / options.model_name_of(plans_name) / f"fold_{options.fold}"
+    def _fold_folder(self, dataset: str, plans_name: str, fold: int | str) -> Path:
+        return self.folders.results / dataset / self.options.model_name_of(plans_name) / f"fold_{fold}"
 
-    def _train(self, dataset: str, plans: dict, epochs: int) -> Path:
+    def _train(self, dataset: str, plans: dict, epochs: int, fold: int | str | None = None) -> Path:
         """Fold folder of the model that is trained on a data set with these plans. epochs: to be done."""
         options, name = self.options, plans["plans_name"]
+        fold = options.fold if fold is None else fold
         self.write_plans(dataset, plans)
-        model = self._fold_folder(dataset, name)
+        model = self._fold_folder(dataset, name, fold)
         if (model / FINAL).is_file():
             return model
 
@@ -107,9 +116,10 @@ class Models:
             return min(epochs, sum(map(finished_epochs, logs)))
 
         several = ["-num_gpus", str(self.num_gpus)] if self.num_gpus > 1 else []
-        log = f"train_{dataset}{name.removeprefix(options.plans_name)}.log"
-        run_shown(["nnUNetv2_train", dataset, options.configuration, str(options.fold), "-tr", options.trainer, "-p",
-                   name, "-device", self.device, *several, *continue_option(model)], self.device, self.out / log,
+        of_fold = "" if fold == options.fold else f"_fold_{fold}"
+        log = f"train_{dataset}{name.removeprefix(options.plans_name)}{of_fold}.log"
+        run_shown(["nnUNetv2_train", dataset, options.configuration, str(fold), "-tr", options.trainer, "-p", name,
+                   "-device", self.device, *several, *continue_option(model)], self.device, self.out / log,
                   Progress(epochs, "epoch", epochs_done))
         return model
 
@@ -117,13 +127,16 @@ class Models:
         """Fold folder of the student of a data set after further epochs on the original data set."""
         plans, original = self.start.fine_tuning_plans(dataset), self.source.name
         dataset_json = read_json_object(str(self.folders.preprocessed / original / "dataset.json")) or {}
-        begin_fine_tuning(student, self._fold_folder(original, plans["plans_name"]), plans, dataset_json)
+        model = self._fold_folder(original, plans["plans_name"], self.options.fold)
+        begin_fine_tuning(student, model, plans, dataset_json)
         return self._train(original, plans, self.start.fine_tuning_epochs)
 
-    def _predictor(self, name: str, dataset: str, plans_name: str, checkpoint: str) -> Predictor:
+    def _predictor(self, name: str, dataset: str, plans_name: str, checkpoint: str,
+                   folds: Sequence[int | str] = ()) -> Predictor:
         options = self.options
-        return Predictor(name, "nnUNetv2_predict", ["-d", dataset, "-c", options.configuration, "-f", str(options.fold),
-                                                    "-tr", options.trainer, "-p", plans_name, "-chk", checkpoint])
+        return Predictor(name, "nnUNetv2_predict", ["-d", dataset, "-c", options.configuration, "-f",
+                                                    *map(str, folds or [options.fold]), "-tr", options.trainer, "-p",
+                                                    plans_name, "-chk", checkpoint])
 
     def _snapshots(self, dataset: str) -> list[Predictor]:
         """Of the first teacher, or of a student before it is fine-tuned."""

@@ -13,7 +13,7 @@ from nnunetv2_semi.errors import UserError
 
 OUR_PREFIX = "nnUNetTrainerSemi"
 CONTROL_TRAINER = "nnUNetTrainerSemiSupervised"
-SELFTRAIN_KEYS = ["rounds", "keep", "snapshots", "teachers", "ignore_unstable", "finetune"]
+SELFTRAIN_KEYS = ["rounds", "keep", "snapshots", "teachers", "teacher_folds", "ignore_unstable", "finetune"]
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def _check_selftrain(options: Mapping[str, object], where: str) -> None:
         elif key == "finetune":
             if type(value) not in (int, float) or not 0 <= float(str(value)) < 1:
                 raise UserError(f"{where}: finetune must be a number of at least 0 and below 1, got {value!r}.")
-        elif key == "ignore_unstable":
+        elif key in ("teacher_folds", "ignore_unstable"):
             if type(value) is not bool:
-                raise UserError(f"{where}: ignore_unstable must be true or false, got {value!r}.")
+                raise UserError(f"{where}: {key} must be true or false, got {value!r}.")
         elif type(value) is not int or value < 1:
             raise UserError(f"{where}: {key} must be a whole number of at least 1, got {value!r}.")
 
