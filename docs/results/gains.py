@@ -1,4 +1,4 @@
-"""Draw gains.png, the picture of the summary page, from the measures of the studies. Needs the extra [benchmark]."""
+"""Draw the pictures of the summary page from the measures of the studies. Needs the extra [benchmark]."""
 
 from pathlib import Path
 
@@ -26,10 +26,18 @@ STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
            "busi64_6000": "the same, 6000 iterations",
            "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
 NAMES = {"CML": "Semi-CML", "MeanTeacher": "Mean Teacher", "Stock": "stock nnU-Net"}
+# Where trainings of several lengths were measured: files, and the iterations of those that do not name them.
+LENGTHS: dict[str, dict[str, int | None]] = {
+    "heart MR, 4 labelled": {"acdc4": 5000, "acdc4_length": None},
+    "left atrium, 4 labelled": {"la2d": 2000, "la2d_length": None},
+    "hippocampus in 3D, 3 labelled": {"hippo3": 2000, "hippo3_length": None},
+    "cine MR in 3D, no mirroring": {"cardiac": 2000, "cardiac_length": None},
+    "breast ultrasound, 32 labelled": {"busi32": 2000, "busi32_4000": 4000, "busi32_length": None},
+    "breast ultrasound, 64 labelled": {"busi64": 2000, "busi64_6000": 6000}}
 COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not distinguishable from the control
 
 
-def main() -> None:
+def draw_gains() -> None:
     """Each method's difference to the first control and its 95 % interval, a panel for each study."""
     studies = {title: _differences(HERE / "studies" / f"{name}_measures.csv") for name, title in STUDIES.items()}
     heights = [len(rows) + 0.8 for rows in studies.values()]
@@ -48,6 +56,43 @@ def main() -> None:
     figure.savefig(HERE / "gains.png", dpi=110)
 
 
+def draw_lengths() -> None:
+    """Dice of the control and of Mix over iterations, seed 0; all panels are equally high."""
+    figure, panels = plt.subplots(2, 3, figsize=(9, 5), layout="constrained")
+    for axes, (title, files) in zip(panels.flat, LENGTHS.items(), strict=True):
+        # of a training that is in two files, the later file's
+        dice = pd.concat([_dice_by_length(name, iterations) for name, iterations in files.items()])
+        dice = dice[~dice.index.duplicated(keep="last")].sort_index()
+        for method, colour in (("control", "tab:gray"), ("Mix", "tab:green")):
+            axes.plot(dice[method], "o-", color=colour, label=method)
+        ticks = sorted(set(dice.index.get_level_values("iterations")))
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(dice.min() - 0.01, dice.min() + 0.27)
+        axes.set_title(title, fontsize="medium")
+    panels[0, 0].legend()
+    figure.supxlabel("iterations")
+    figure.supylabel("Dice of test cases")
+    figure.savefig(HERE / "lengths.png", dpi=110)
+
+
+def _dice_by_length(name: str, iterations: int | None) -> pd.Series:
+    """Mean Dice of the control and of Mix in a study, with the fewest labels and seed 0, for each length.
+
+    iterations: of its trainings; else their names tell them.
+    """
+    rows = pd.read_csv(HERE / "studies" / f"{name}_measures.csv")
+    rows = rows[(rows.seed == 0) & (rows.role != "upper bound") & (rows.labelled == rows.labelled.min())]
+    if name.startswith("cardiac"):
+        rows = rows[rows.case.str.startswith("cine")]
+    if iterations is None:
+        iterations = rows.method.str.extract(r"(\d+) iterations$")[0].astype(int)
+    trained = rows.method.str.replace(r" ?\d+ iterations$", "", regex=True)
+    rows = rows.assign(trained=trained.replace({"": "control", "Supervised": "control"}), iterations=iterations)
+    return rows[rows.trained.isin(["control", "Mix"])].groupby(["trained", "iterations"]).dice.mean()
+
+
 def _differences(measures: Path) -> pd.DataFrame:
     """A study's rows, of each number of labelled cases the largest difference first."""
     rows = rows_of_metric(summarise(pd.read_csv(measures)))
@@ -60,4 +105,5 @@ def _differences(measures: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    draw_gains()
+    draw_lengths()
