@@ -26,14 +26,21 @@ STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
            "busi64_6000": "the same, 6000 iterations",
            "busi64_spread": "breast ultrasound, 64 of 456 labelled, of both kinds"}
 NAMES = {"CML": "Semi-CML", "MeanTeacher": "Mean Teacher", "Stock": "stock nnU-Net"}
-# Where trainings of several lengths were measured: files, and the iterations of those that do not name them.
-LENGTHS: dict[str, dict[str, int | None]] = {
-    "heart MR, 4 labelled": {"acdc4": 5000, "acdc4_length": None},
-    "left atrium, 4 labelled": {"la2d": 2000, "la2d_length": None},
-    "hippocampus in 3D, 3 labelled": {"hippo3": 2000, "hippo3_length": None},
-    "cine MR in 3D, no mirroring": {"cardiac": 2000, "cardiac_length": None},
-    "breast ultrasound, 32 labelled": {"busi32": 2000, "busi32_4000": 4000, "busi32_length": None},
-    "breast ultrasound, 64 labelled": {"busi64": 2000, "busi64_6000": 6000}}
+# Where trainings of several lengths were measured: title, how the names of its cases begin, files, and the iterations
+# of the trainings in them that do not name them.
+LENGTHS: list[tuple[str, str, dict[str, int | None]]] = [
+    ("heart MR, 4 labelled", "", {"acdc4": 5000, "acdc4_length": None}),
+    ("left atrium, 4 labelled", "", {"la2d": 2000, "la2d_length": None}),
+    ("hippocampus in 3D, 3 labelled", "", {"hippo3": 2000, "hippo3_length": None}),
+    ("cine MR in 3D", "cine",
+     {"cardiac_mirrored": 2000, "cardiac_mirrored_4000": 4000, "cardiac_mirrored_length": None}),
+    ("cine MR in 3D, no mirroring", "cine", {"cardiac": 2000, "cardiac_length": None}),
+    ("LGE MR in 3D", "lge",
+     {"cardiac_mirrored": 2000, "cardiac_mirrored_4000": 4000, "cardiac_mirrored_length": None}),
+    ("brain tumours, T1ce and T2", "", {"brats2d": 2000, "brats2d_5000": 5000}),
+    ("breast ultrasound, 32 labelled", "", {"busi32": 2000, "busi32_4000": 4000, "busi32_length": None}),
+    ("breast ultrasound, 64 labelled", "", {"busi64": 2000, "busi64_6000": 6000})]
+METHOD_COLOURS = {"control": "tab:gray", "labelled mixing": "tab:orange", "Mix": "tab:green"}
 COLOURS = {AHEAD: "tab:green", BEHIND: "tab:red"}  # else: not distinguishable from the control
 
 
@@ -57,40 +64,42 @@ def draw_gains() -> None:
 
 
 def draw_lengths() -> None:
-    """Dice of the control and of Mix over iterations, seed 0; all panels are equally high."""
-    figure, panels = plt.subplots(2, 3, figsize=(9, 5), layout="constrained")
-    for axes, (title, files) in zip(panels.flat, LENGTHS.items(), strict=True):
+    """Dice of both controls and of Mix over iterations, a line for each seed; all panels are equally high."""
+    figure, panels = plt.subplots(3, 3, figsize=(9, 7.5), layout="constrained")
+    for axes, (title, cases, files) in zip(panels.flat, LENGTHS, strict=True):
         # of a training that is in two files, the later file's
-        dice = pd.concat([_dice_by_length(name, iterations) for name, iterations in files.items()])
+        dice = pd.concat([_dice_by_length(name, cases, iterations) for name, iterations in files.items()])
         dice = dice[~dice.index.duplicated(keep="last")].sort_index()
-        for method, colour in (("control", "tab:gray"), ("Mix", "tab:green")):
-            axes.plot(dice[method], "o-", color=colour, label=method)
+        for method, colour in METHOD_COLOURS.items():
+            for seed, line in dice[dice.index.get_level_values("trained") == method].groupby("seed"):
+                axes.plot(line.index.get_level_values("iterations"), line, "o-", markersize=4, linewidth=1,
+                          color=colour, label=method if seed == 0 else None)
         ticks = sorted(set(dice.index.get_level_values("iterations")))
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_ylim(dice.min() - 0.01, dice.min() + 0.27)
+        middle = (dice.min() + dice.max()) / 2
+        axes.set_ylim(middle - 0.15, middle + 0.15)
         axes.set_title(title, fontsize="medium")
-    panels[0, 0].legend()
+    panels[0, 2].legend(loc="lower left")
     figure.supxlabel("iterations")
     figure.supylabel("Dice of test cases")
     figure.savefig(HERE / "lengths.png", dpi=110)
 
 
-def _dice_by_length(name: str, iterations: int | None) -> pd.Series:
-    """Mean Dice of the control and of Mix in a study, with the fewest labels and seed 0, for each length.
+def _dice_by_length(name: str, cases: str, iterations: int | None) -> pd.Series:
+    """Mean Dice of each training of both controls and of Mix in a study, with the fewest labels.
 
-    iterations: of its trainings; else their names tell them.
+    cases: how the names of the cases begin. iterations: of its trainings; else their names tell them.
     """
     rows = pd.read_csv(HERE / "studies" / f"{name}_measures.csv")
-    rows = rows[(rows.seed == 0) & (rows.role != "upper bound") & (rows.labelled == rows.labelled.min())]
-    if name.startswith("cardiac"):
-        rows = rows[rows.case.str.startswith("cine")]
+    rows = rows[(rows.role != "upper bound") & (rows.labelled == rows.labelled.min()) & rows.case.str.startswith(cases)]
     if iterations is None:
         iterations = rows.method.str.extract(r"(\d+) iterations$")[0].astype(int)
     trained = rows.method.str.replace(r" ?\d+ iterations$", "", regex=True)
     rows = rows.assign(trained=trained.replace({"": "control", "Supervised": "control"}), iterations=iterations)
-    return rows[rows.trained.isin(["control", "Mix"])].groupby(["trained", "iterations"]).dice.mean()
+    rows = rows[rows.trained.isin(METHOD_COLOURS)]
+    return rows.groupby(["trained", "iterations", "seed"]).dice.mean()
 
 
 def _differences(measures: Path) -> pd.DataFrame:
