@@ -79,7 +79,7 @@ def draw_lengths() -> None:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         middle = (dice.min() + dice.max()) / 2
-        axes.set_ylim(middle - 0.15, middle + 0.15)
+        axes.set_ylim(middle - 0.18, middle + 0.18)
         axes.set_title(title, fontsize="medium")
     panels[0, 2].legend(loc="lower left")
     figure.supxlabel("iterations")
