@@ -69,14 +69,13 @@ def draw_lengths() -> None:
     for axes, (title, cases, files) in zip(panels.flat, LENGTHS, strict=True):
         # of a training that is in two files, the later file's
         dice = pd.concat([_dice_by_length(name, cases, iterations) for name, iterations in files.items()])
-        dice = dice[~dice.index.duplicated(keep="last")].sort_index()
-        for method, colour in METHOD_COLOURS.items():
-            for seed, line in dice[dice.index.get_level_values("trained") == method].groupby("seed"):
-                axes.plot(line.index.get_level_values("iterations"), line, "o-", markersize=4, linewidth=1,
-                          color=colour, label=method if seed == 0 else None)
-        ticks = sorted(set(dice.index.get_level_values("iterations")))
+        dice = dice[~dice.index.duplicated(keep="last")]
+        lines = dice.unstack("iterations").reindex(METHOD_COLOURS, level="trained")
+        for (method, seed), line in lines.iterrows():
+            axes.plot(line.dropna(), "o-", markersize=4, linewidth=1, color=METHOD_COLOURS[method],
+                      label=method if seed == 0 else None)
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xticks(lines.columns, [f"{iterations:,}" for iterations in lines.columns])
         axes.minorticks_off()
         middle = (dice.min() + dice.max()) / 2
         axes.set_ylim(middle - 0.18, middle + 0.18)
