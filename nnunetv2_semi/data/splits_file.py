@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from nnunetv2_semi.errors import UserError, shown
 
 SPLITS_FILE = "splits_final.json"
+NNUNET_FOLDS = 5
 PARTS = ("train", "val")
 _FORM = '[{"train": ["case_1", "case_2"], "val": ["case_3"]}, ...], one object for each fold'
 _REMEDY = ("Correct the file; or remove it: a new one is made at the next training, and folds that are trained already "
@@ -18,6 +19,11 @@ _REMEDY = ("Correct the file; or remove it: a new one is made at the next traini
 def splits_path(preprocessed_dataset_folder: str | os.PathLike[str]) -> str:
     """Where nnU-Net keeps a data set's folds: in its folder of preprocessed data."""
     return os.path.join(preprocessed_dataset_folder, SPLITS_FILE)
+
+
+def number_of_folds(labelled: int) -> int:
+    """How many folds a new split of so many labelled cases has: nnU-Net's five, or one for each case; none of one."""
+    return min(labelled, NNUNET_FOLDS) if labelled > 1 else 0
 
 
 def read_splits(path: str) -> list[dict[str, list[str]]]:

@@ -30,14 +30,13 @@ from nnunetv2_semi.data.raw_cases import (
     naming_rule,
     resource_forks,
 )
-from nnunetv2_semi.data.splits_file import cases_left_out, check_splits, read_splits, splits_path
+from nnunetv2_semi.data.splits_file import NNUNET_FOLDS, cases_left_out, check_splits, read_splits, splits_path
 from nnunetv2_semi.doctor.checks import Check, ok, problem, warning
 from nnunetv2_semi.doctor.images import check_images
 from nnunetv2_semi.doctor.preprocessed import plans_of
 from nnunetv2_semi.errors import UserError, shown
 
 TEST_FOLDER = "imagesTs"
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -193,11 +192,11 @@ def _check_labelled(
     images, labels = os.path.join(folder, LABELLED_FOLDER), os.path.join(folder, "labelsTr")
     if not with_label:
         yield problem(f"no labelled case in {images}", f"put images there and their labels into {labels}")
-    elif len(with_label) < FOLDS:
+    elif len(with_label) < NNUNET_FOLDS:
         count = len(with_label)
         folds = f"our trainers make folds 0 to {count - 1}" if count > 1 else "one case makes no fold"
         yield warning(
-            f"{count} labelled case(s): too few for nnU-Net's {FOLDS}-fold cross-validation ({folds})",
+            f"{count} labelled case(s): too few for nnU-Net's {NNUNET_FOLDS}-fold cross-validation ({folds})",
             "train the fold `all`" + (", or one of these" if count > 1 else ""),
         )
     else:

@@ -9,11 +9,16 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semi import compat
 from nnunetv2_semi.data.atomic_files import write_json_whole
-from nnunetv2_semi.data.splits_file import cases_left_out, check_splits, read_splits, splits_path
+from nnunetv2_semi.data.splits_file import (
+    NNUNET_FOLDS,
+    cases_left_out,
+    check_splits,
+    number_of_folds,
+    read_splits,
+    splits_path,
+)
 from nnunetv2_semi.errors import UserError, shown
 from nnunetv2_semi.training import batches
-
-NNUNET_FOLDS = 5
 
 
 def prepare_split(trainer: nnUNetTrainer) -> None:
@@ -49,17 +54,22 @@ def name_cases_left_out(trainer: nnUNetTrainer) -> None:
                 f"case(s): {shown(left_out)}. If that is not meant, add them there, or remove the file.")
 
 
-def _write_split(trainer: nnUNetTrainer, path: str) -> None:
-    """nnU-Net's five folds; of fewer than five labelled cases, as many as there are cases.
+def write_new_split(path: str, cases: list[str]) -> None:
+    """Write nnU-Net's own split of two or more cases, into `number_of_folds` folds.
 
     nnU-Net itself writes its five in each process, in place, where another may read half of them.
     """
+    write_json_whole(path, compat.crossval_split(cases, number_of_folds(len(cases))))
+
+
+def _write_split(trainer: nnUNetTrainer, path: str) -> None:
+    """nnU-Net's five folds; of fewer than five labelled cases, as many as there are cases."""
     folder = trainer.preprocessed_dataset_folder
     cases = infer_dataset_class(folder).get_identifiers(folder)
     if len(cases) < NNUNET_FOLDS:
-        if len(cases) < 2 or trainer.fold >= len(cases):
-            raise UserError(f"{len(cases)} labelled cases make {max(len(cases), 1)} fold(s), so there is no fold "
-                            f"{trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
+        if trainer.fold >= number_of_folds(len(cases)):
+            raise UserError(f"{len(cases)} labelled case(s) make {number_of_folds(len(cases))} folds, so there is no "
+                            f"fold {trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
         trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to "
                                   f"{path}.")
-    write_json_whole(path, compat.crossval_split(cases, min(len(cases), NNUNET_FOLDS)))
+    write_new_split(path, cases)

@@ -21,12 +21,11 @@ from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates, shown_pairs
 from nnunetv2_semi.data.file_contents import refuse_unreadable
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule, refuse_resource_forks
-from nnunetv2_semi.data.splits_file import read_splits, splits_path
+from nnunetv2_semi.data.splits_file import number_of_folds, read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
 from nnunetv2_semi.schedules import snapshot_after
 from nnunetv2_semi.trainer_classes import method_class
-from nnunetv2_semi.training.splits import NNUNET_FOLDS
 
 if TYPE_CHECKING:
     from nnunetv2_semi.methods.base import Method
@@ -254,7 +253,7 @@ def _number_of_folds(preprocessed: Path, labelled: int) -> int:
     file = splits_path(preprocessed)
     if os.path.isfile(file):
         return len(read_splits(file))
-    return min(NNUNET_FOLDS, labelled) if labelled > 1 else 0
+    return number_of_folds(labelled)
 
 
 def _check_fold(options: Options, folds: int, preprocessed: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nnunetv2_semi import compat
 from nnunetv2_semi.benchmark.study.jobs import Folders, Job, read_object
 from nnunetv2_semi.benchmark.study.study import Study
 from nnunetv2_semi.benchmark.training_data import TrainingData
@@ -18,7 +17,7 @@ from nnunetv2_semi.data.splits_file import read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.processes.commands import CommandFailed, Progress, command_path, run_logged
 from nnunetv2_semi.processes.pool import default_processes
-from nnunetv2_semi.training.splits import NNUNET_FOLDS
+from nnunetv2_semi.training.splits import write_new_split
 
 EXTRACTOR = "nnUNetFingerprintExtractorSemi"  # cases may lack channels; else it does what nnU-Net's does
 
@@ -89,7 +88,7 @@ def write_split(study: Study, job: Job) -> None:
         cases = job.labelled_cases()
         if len(cases) < 2:
             raise UserError(f"{job.dataset} has {len(cases)} labelled case: use folds: [all].")
-        write_json_whole(file, compat.crossval_split(cases, min(NNUNET_FOLDS, len(cases))))
+        write_new_split(file, cases)
     count = len(read_splits(file)) if folds else 0
     if any(fold >= count for fold in folds):
         raise UserError(f"{file} has {count} folds, from 0 to {count - 1}; the study asks for {max(folds)}.")
