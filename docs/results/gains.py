@@ -13,6 +13,7 @@ from nnunetv2_semi.benchmark.report.uncertainty import AHEAD, BEHIND  # noqa: E4
 
 HERE = Path(__file__).parent
 STUDIES = {"acdc4": "heart MR, 4 of 60 labelled",
+           "acdc4_10000": "the same, 10000 iterations",
            "acdc8": "heart MR, 8 of 60 labelled",
            "la2d": "left atrium, 4 and 8 of 64 labelled",
            "la3d": "left atrium in 3D, 4 of 64 labelled, one seed",
@@ -30,7 +31,7 @@ NAMES = {"CML": "Semi-CML", "MeanTeacher": "Mean Teacher", "Stock": "stock nnU-N
 # Where trainings of several lengths were measured: title, how the names of its cases begin, files, and the iterations
 # of the trainings in them that do not name them.
 LENGTHS: list[tuple[str, str, dict[str, int | None]]] = [
-    ("heart MR, 4 labelled", "", {"acdc4": 5000, "acdc4_length": None}),
+    ("heart MR, 4 labelled", "", {"acdc4": 5000, "acdc4_10000": 10000, "acdc4_length": None}),
     ("left atrium, 4 labelled", "", {"la2d": 2000, "la2d_length": None}),
     ("hippocampus in 3D, 3 labelled", "", {"hippo3": 2000, "hippo3_length": None}),
     ("cine MR in 3D", "cine",
