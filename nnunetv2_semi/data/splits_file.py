@@ -21,7 +21,7 @@ def splits_path(preprocessed_dataset_folder: str | os.PathLike[str]) -> str:
     return os.path.join(preprocessed_dataset_folder, SPLITS_FILE)
 
 
-def number_of_folds(labelled: int) -> int:
+def folds_of_new_split(labelled: int) -> int:
     """How many folds a new split of so many labelled cases has: nnU-Net's five, or one for each case; none of one."""
     return min(labelled, NNUNET_FOLDS) if labelled > 1 else 0
 

@@ -13,7 +13,7 @@ from nnunetv2_semi.data.splits_file import (
     NNUNET_FOLDS,
     cases_left_out,
     check_splits,
-    number_of_folds,
+    folds_of_new_split,
     read_splits,
     splits_path,
 )
@@ -55,11 +55,11 @@ def name_cases_left_out(trainer: nnUNetTrainer) -> None:
 
 
 def write_new_split(path: str, cases: list[str]) -> None:
-    """Write nnU-Net's own split of two or more cases, into `number_of_folds` folds.
+    """Write nnU-Net's own split of two or more cases, into `folds_of_new_split` folds.
 
     nnU-Net itself writes its five in each process, in place, where another may read half of them.
     """
-    write_json_whole(path, compat.crossval_split(cases, number_of_folds(len(cases))))
+    write_json_whole(path, compat.crossval_split(cases, folds_of_new_split(len(cases))))
 
 
 def _write_split(trainer: nnUNetTrainer, path: str) -> None:
@@ -67,9 +67,9 @@ def _write_split(trainer: nnUNetTrainer, path: str) -> None:
     folder = trainer.preprocessed_dataset_folder
     cases = infer_dataset_class(folder).get_identifiers(folder)
     if len(cases) < NNUNET_FOLDS:
-        if trainer.fold >= number_of_folds(len(cases)):
-            raise UserError(f"{len(cases)} labelled case(s) make {number_of_folds(len(cases))} folds, so there is no "
-                            f"fold {trainer.fold}. Train with fold 'all', or write your own splits to {path}.")
+        if trainer.fold >= (folds := folds_of_new_split(len(cases))):
+            raise UserError(f"{len(cases)} labelled cases make {folds} fold(s), so there is no fold {trainer.fold}. "
+                            f"Train with fold 'all', or write your own splits to {path}.")
         trainer.print_to_log_file(f"Only {len(cases)} labelled cases: writing a split with {len(cases)} folds to "
                                   f"{path}.")
     write_new_split(path, cases)

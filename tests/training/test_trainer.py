@@ -318,7 +318,7 @@ def test_second_stage_of_a_cascade_is_refused(tools, workspace):
 
 
 def test_a_fold_that_few_cases_cannot_make_is_refused(tools, workspace):
-    with pytest.raises(UserError, match="3 labelled case.s. make 3 folds"):
+    with pytest.raises(UserError, match="3 labelled cases make 3 fold"):
         tools.trainer(workspace, "nnUNetTrainerSemiSupervised", fold=4).run_training()
 
 

@@ -21,7 +21,7 @@ from nnunetv2_semi.data.atomic_files import read_json_object
 from nnunetv2_semi.data.duplicates import find_duplicates, shown_pairs
 from nnunetv2_semi.data.file_contents import refuse_unreadable
 from nnunetv2_semi.data.raw_cases import UNLABELLED_FOLDER, naming_rule, refuse_resource_forks
-from nnunetv2_semi.data.splits_file import number_of_folds, read_splits, splits_path
+from nnunetv2_semi.data.splits_file import folds_of_new_split, read_splits, splits_path
 from nnunetv2_semi.errors import UserError
 from nnunetv2_semi.methods.settings import is_section, merged_settings
 from nnunetv2_semi.schedules import snapshot_after
@@ -253,7 +253,7 @@ def _number_of_folds(preprocessed: Path, labelled: int) -> int:
     file = splits_path(preprocessed)
     if os.path.isfile(file):
         return len(read_splits(file))
-    return number_of_folds(labelled)
+    return folds_of_new_split(labelled)
 
 
 def _check_fold(options: Options, folds: int, preprocessed: Path) -> None:
